@@ -1,0 +1,138 @@
+// The compiled extension's door to Python: softprompt_fast_C::* ops and build_info().
+#include <ATen/Parallel.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/library.h>
+
+#include <map>
+#include <optional>
+#include <string>
+
+#include "cpu/problem.h"
+
+namespace softprompt_fast {
+namespace {
+
+using at::Tensor;
+
+// The widest instruction set of this CPU.
+const Engine& engine() {
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    return avx512_engine;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2_engine;
+#endif
+  return baseline_engine;
+}
+
+void parallel_for(int64_t tasks, const Task& task) {
+  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; t++) task(t, at::get_thread_num());
+  });
+}
+
+Dtype dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kFloat: return Dtype::f32;
+    case at::kBFloat16: return Dtype::bf16;
+    case at::kHalf: return Dtype::f16;
+    default: TORCH_CHECK(false, "softprompt_fast_C: unsupported dtype ", t.scalar_type());
+  }
+}
+
+const void* data_of(const Tensor& t, at::ScalarType dtype, at::IntArrayRef shape, const char* name) {
+  TORCH_CHECK(t.is_contiguous() && t.is_cpu() && t.scalar_type() == dtype && t.sizes() == shape,
+              "softprompt_fast_C: ", name, " must be a contiguous CPU tensor of shape ", shape, " and dtype ",
+              dtype, ": got ", t.sizes(), " ", t.scalar_type());
+  return t.const_data_ptr();
+}
+
+int64_t panel_rows() { return engine().panel_rows; }
+
+// The size of the workspace for `rows` rows in a chunk. teacher_width 0: no teacher.
+int64_t workspace_floats(int64_t rows, int64_t width, int64_t teacher_width, int64_t vocabulary, bool stored,
+                         bool with_grad, bool converted, int64_t threads) {
+  TokenLoss p{};
+  float present;
+  p.heads[0].D = width, p.heads[1].D = teacher_width;
+  p.streams = teacher_width ? 2 : 1;
+  p.dtype = converted ? Dtype::bf16 : Dtype::f32;
+  p.V = vocabulary, p.rows = rows, p.stored = stored, p.threads = int(threads);
+  p.dhidden = with_grad ? &present : nullptr;
+  return engine().workspace_floats(p);
+}
+
+void token_loss_(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias,
+                 const std::optional<Tensor>& targets, double label_smoothing,
+                 const std::optional<Tensor>& teacher, const std::optional<Tensor>& teacher_weight,
+                 const std::optional<Tensor>& teacher_bias, double beta, double alpha, double softcap,
+                 double logit_scale, double temperature, int64_t rows, bool stored, int64_t threads,
+                 const Tensor& loss, const Tensor& dhidden, const Tensor& workspace) {
+  TokenLoss p{};
+  p.T = hidden.size(0), p.V = weight.size(0), p.dtype = dtype_of(hidden);
+  p.streams = teacher ? 2 : 1;
+
+  auto head = [&](const Tensor& h, const Tensor& w, const std::optional<Tensor>& b) {
+    const int64_t D = h.size(1);
+    const at::ScalarType dtype = hidden.scalar_type();
+    return Head{data_of(h, dtype, {p.T, D}, "hidden"), data_of(w, dtype, {p.V, D}, "weight"),
+                b ? data_of(*b, dtype, {p.V}, "bias") : nullptr, D};
+  };
+  p.heads[0] = head(hidden, weight, bias);
+  if (teacher)
+    p.heads[1] = teacher_weight ? head(*teacher, *teacher_weight, teacher_bias) : head(*teacher, weight, bias);
+  if (targets)
+    p.targets = static_cast<const int64_t*>(data_of(*targets, at::kLong, {p.T}, "targets"));
+
+  p.label_smoothing = float(label_smoothing), p.alpha = float(alpha), p.beta = float(beta);
+  p.softcap = float(softcap), p.logit_scale = float(logit_scale), p.temperature = float(temperature);
+  p.rows = rows, p.stored = stored, p.threads = int(threads);
+
+  const bool with_grad = dhidden.size(0) == p.T;
+  p.loss = (data_of(loss, at::kFloat, {p.T}, "loss"), loss.mutable_data_ptr<float>());
+  if (with_grad) {
+    data_of(dhidden, at::kFloat, {p.T, p.heads[0].D}, "dhidden");
+    p.dhidden = dhidden.mutable_data_ptr<float>();
+  }
+  TORCH_CHECK(rows > 0 && rows % engine().panel_rows == 0, "softprompt_fast_C: rows must be a multiple of ",
+              engine().panel_rows, ": got ", rows);
+  TORCH_CHECK(threads >= at::get_num_threads(), "softprompt_fast_C: scratch for ", threads, " of ",
+              at::get_num_threads(), " threads");
+  TORCH_CHECK(workspace.is_contiguous() && workspace.scalar_type() == at::kFloat &&
+                  workspace.numel() >= engine().workspace_floats(p),
+              "softprompt_fast_C: the workspace is too small");
+  p.workspace = workspace.mutable_data_ptr<float>();
+  engine().run(p, parallel_for);
+}
+
+TORCH_LIBRARY(softprompt_fast_C, m) {
+  m.def("panel_rows() -> int", &panel_rows);
+  m.def(
+      "workspace_floats(int rows, int width, int teacher_width, int vocabulary, bool stored, bool with_grad, "
+      "bool converted, int threads) -> int",
+      &workspace_floats);
+  m.def(
+      "token_loss_(Tensor hidden, Tensor weight, Tensor? bias, Tensor? targets, float label_smoothing, "
+      "Tensor? teacher, Tensor? teacher_weight, Tensor? teacher_bias, float beta, float alpha, float softcap, "
+      "float logit_scale, float temperature, int rows, bool stored, int threads, Tensor(a!) loss, "
+      "Tensor(b!) dhidden, Tensor(c!) workspace) -> ()");
+}
+
+TORCH_LIBRARY_IMPL(softprompt_fast_C, CPU, m) { m.impl("token_loss_", &token_loss_); }
+
+}  // namespace
+}  // namespace softprompt_fast
+
+PYBIND11_MODULE(_C, m) {
+  m.def(
+      "build_info",
+      [] {
+        return std::map<std::string, std::string>{
+            {"compiler", __VERSION__},
+            {"torch", SPF_TORCH_VERSION},
+            {"instruction_set", softprompt_fast::engine().name},
+        };
+      },
+      "How the extension was compiled, and the instruction set it uses on this CPU.");
+}

@@ -1,0 +1,361 @@
+// The engine: per chunk of rows, one sweep of the head for the softmax statistics and one for the gradient.
+//
+// Legend: T tokens, D hidden width, V vocabulary, ROWS rows of a panel, SEGMENTS parts of the vocabulary.
+//
+//   sweep 1   tile of logits -> running max and sum of every row            (kept, where `stored`)
+//   sweep 2   tile of logits -> sums of value and slope                     (divergences that need them)
+//   sweep 3   tile of logits -> tile of dz -> added to the gradient, before the tile leaves the cache
+//
+// Work is divided by the vocabulary as well as by rows, so that sixteen tokens keep all cores busy. Each
+// segment has sums of its own, added in order at the end: the result does not depend on the threads.
+
+constexpr int64_t SEGMENTS = 8;
+
+SPF_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// Everything that the engine writes beside loss and gradient, in one block of memory.
+class Layout {
+ public:
+  struct Scratch {  // of one thread
+    float *z[2], *dz, *packed, *converted[2], *bias[2];
+  };
+  float *hidden[2], *stored[2], *dh;
+  Softmax softmax[2];
+  float *value, *slope, *z_target, *missing, *nll;  // missing: 1 - q_target
+  Rows rows;
+  int64_t size;
+
+  Layout(const TokenLoss& p, float* base) : p(p) {
+    Cursor at{base};
+    const int64_t n = p.rows;
+    for (int s = 0; s < p.streams; s++) {
+      hidden[s] = at.take(n * p.heads[s].D);
+      stored[s] = at.take(p.stored ? n * p.V : 0);
+      softmax[s] = {at.take(SEGMENTS * n), at.take(SEGMENTS * n), at.take(SEGMENTS * n)};
+    }
+    dh = at.take(p.dhidden ? SEGMENTS * n * round_up(p.heads[0].D, TILE) : 0);
+    value = at.take(SEGMENTS * n), slope = at.take(SEGMENTS * n);
+    z_target = at.take(n), missing = at.take(n), nll = at.take(n);
+    rows = {at.take(n), at.take(n), at.take(n)};
+    scratch_base = at.next;
+    scratch_size = 0;
+    scratch(0, &scratch_size);
+    size = (scratch_base - base) + scratch_size * p.threads;
+  }
+
+  Scratch scratch(int thread, int64_t* taken = nullptr) const {
+    Cursor at{scratch_base + scratch_size * thread};
+    float* begin = at.next;
+    Scratch out{};
+    for (int s = 0; s < p.streams; s++) {
+      out.z[s] = at.take(BLOCK * PANEL);
+      out.bias[s] = at.take(BLOCK);
+      out.converted[s] = at.take(p.dtype == Dtype::f32 ? 0 : BLOCK * p.heads[s].D);
+    }
+    out.dz = at.take(BLOCK * PANEL);
+    out.packed = at.take(p.dhidden ? BLOCK * round_up(p.heads[0].D, TILE) : 0);
+    if (taken) *taken = at.next - begin;
+    return out;
+  }
+
+ private:
+  struct Cursor {
+    float* next;
+    float* take(int64_t n) {  // whole cache lines
+      float* p = next;
+      next += round_up(n, 16);
+      return p;
+    }
+  };
+  const TokenLoss& p;
+  float* scratch_base;
+  int64_t scratch_size;
+};
+
+// BLOCK entries of the vocabulary, as fp32.
+struct Block {
+  int64_t first, n;
+  const float *weight[2], *bias[2];
+};
+
+class Chunk {
+ public:
+  Chunk(const TokenLoss& p, const Layout& at, ParallelFor parallel, int64_t start)
+      : p(p), at(at), parallel(parallel), start(start), count(std::min(p.rows, p.T - start)),
+        panels((count + PANEL - 1) / PANEL), transform{p.softcap, p.logit_scale, p.temperature},
+        measured_early(p.streams == 2 && (p.beta != 0.0f || !p.dhidden)) {}
+
+  void run() {
+    load_hidden();
+    sweep([this](auto nv, const auto&... tile) { statistics<nv()>(tile...); });
+    finish_softmax();
+    if (measured_early) {
+      sweep([this](auto nv, const auto&... tile) { measure<nv()>(tile...); });
+      finish_slopes();
+    }
+    if (p.dhidden) {
+      sweep([this](auto nv, const auto&... tile) { gradient<nv()>(tile...); }, true);
+      finish_gradient();
+    }
+    finish_loss();
+  }
+
+ private:
+  const TokenLoss& p;
+  const Layout& at;
+  const ParallelFor parallel;
+  const int64_t start, count, panels;  // rows [start, start + count) of the call
+  const Transform transform;
+  const bool measured_early;  // values and slope sums have a sweep of their own
+
+  int vectors(int64_t panel) const {
+    const int64_t rows = std::min<int64_t>(PANEL, count - panel * PANEL);
+    return int((rows + LANES - 1) / LANES);
+  }
+
+  // Calls body(integral_constant<NV>) with the panel's number of vectors.
+  template <class Body>
+  void with_vectors(int64_t panel, const Body& body) const {
+    switch (vectors(panel)) {
+      case 1: return body(std::integral_constant<int, 1>());
+      case 2: return body(std::integral_constant<int, 2>());
+      default: return body(std::integral_constant<int, 3>());
+    }
+  }
+
+  // Rows to lanes: hidden [D, ROWS] of every panel. Lanes without a row are zero.
+  void load_hidden() {
+    for (int s = 0; s < p.streams; s++) {
+      const int64_t D = p.heads[s].D;
+      parallel(panels, [&](int64_t panel, int) {
+        const int64_t lanes = vectors(panel) * LANES;
+        float* out = at.hidden[s] + panel * PANEL * D;
+        std::vector<float> row(D);
+        for (int64_t lane = 0; lane < lanes; lane++) {
+          const int64_t r = panel * PANEL + lane;
+          if (r < count)
+            to_float(p.heads[s].hidden, p.dtype, (start + r) * D, D, row.data());
+          else
+            std::fill(row.begin(), row.end(), 0.0f);
+          for (int64_t d = 0; d < D; d++) out[d * lanes + lane] = row[d];
+        }
+      });
+    }
+    for (int s = 0; s < p.streams; s++) at.softmax[s].clear(SEGMENTS * p.rows);
+    std::fill_n(at.value, SEGMENTS * p.rows, 0.0f);
+    std::fill_n(at.slope, SEGMENTS * p.rows, 0.0f);
+    if (p.dhidden) std::fill_n(at.dh, SEGMENTS * p.rows * round_up(p.heads[0].D, TILE), 0.0f);
+  }
+
+  // Every block of the vocabulary with every panel: body(NV, segment, block, panel, scratch).
+  template <class Body>
+  void sweep(const Body& body, bool packed = false) const {
+    const int64_t blocks = (p.V + BLOCK - 1) / BLOCK;
+    const int64_t groups = std::min<int64_t>(panels, (4 * p.threads + SEGMENTS - 1) / SEGMENTS);
+    parallel(SEGMENTS * groups, [&](int64_t task, int thread) {
+      const int64_t segment = task % SEGMENTS, group = task / SEGMENTS;
+      const Layout::Scratch scratch = at.scratch(thread);
+      for (int64_t b = blocks * segment / SEGMENTS; b < blocks * (segment + 1) / SEGMENTS; b++) {
+        const Block block = load_block(b * BLOCK, scratch);
+        if (packed) pack_columns(block.weight[0], block.n, p.heads[0].D, scratch.packed);
+        for (int64_t panel = panels * group / groups; panel < panels * (group + 1) / groups; panel++)
+          with_vectors(panel, [&](auto nv) { body(nv, segment, block, panel, scratch); });
+      }
+    });
+  }
+
+  Block load_block(int64_t first, const Layout::Scratch& scratch) const {
+    Block block{first, std::min(BLOCK, p.V - first), {}, {}};
+    for (int s = 0; s < p.streams; s++) {
+      const Head& head = p.heads[s];
+      if (s == 1 && head.weight == p.heads[0].weight && head.bias == p.heads[0].bias) {
+        block.weight[1] = block.weight[0], block.bias[1] = block.bias[0];
+        continue;
+      }
+      if (p.dtype == Dtype::f32) {
+        block.weight[s] = static_cast<const float*>(head.weight) + first * head.D;
+      } else {
+        to_float(head.weight, p.dtype, first * head.D, block.n * head.D, scratch.converted[s]);
+        block.weight[s] = scratch.converted[s];
+      }
+      if (head.bias) {
+        to_float(head.bias, p.dtype, first, block.n, scratch.bias[s]);
+        block.bias[s] = scratch.bias[s];
+      }
+    }
+    return block;
+  }
+
+  template <int NV>
+  void logits(int s, const Block& block, int64_t panel, float* z) const {
+    const int64_t D = p.heads[s].D;
+    logits_tile<NV>(block.weight[s], block.n, at.hidden[s] + panel * PANEL * D, D, z);
+    transform.template apply<NV>(z, block.n, block.bias[s]);
+  }
+
+  float* stored_tile(int s, int64_t lanes, const Block& block, int64_t panel) const {
+    return at.stored[s] + panel * PANEL * p.V + block.first * lanes;
+  }
+
+  // The tile's logits in a later sweep: kept from the first, or computed once more.
+  template <int NV>
+  const float* again(int s, const Block& block, int64_t panel, const Layout::Scratch& scratch) const {
+    if (p.stored) return stored_tile(s, NV * LANES, block, panel);
+    logits<NV>(s, block, panel, scratch.z[s]);
+    return scratch.z[s];
+  }
+
+  // Calls body(row, position in the tile) for each row of the panel whose target lies in the block.
+  template <int NV, class Body>
+  void targets(const Block& block, int64_t panel, const Body& body) const {
+    if (!p.targets) return;
+    for (int64_t lane = 0; lane < NV * LANES && panel * PANEL + lane < count; lane++) {
+      const int64_t row = panel * PANEL + lane, v = p.targets[start + row] - block.first;
+      if (v >= 0 && v < block.n) body(row, v * NV * LANES + lane);
+    }
+  }
+
+  Rows rows(int64_t panel) const {
+    return {at.rows.lse_q + panel * PANEL, at.rows.lse_p + panel * PANEL, at.rows.slope_sum + panel * PANEL};
+  }
+
+  // Sweep 1. The target is left out of the sum, so that 1 - q_target never has to be a difference.
+  template <int NV>
+  void statistics(int64_t segment, const Block& block, int64_t panel, const Layout::Scratch& scratch) const {
+    for (int s = 0; s < p.streams; s++) {
+      float* z = p.stored ? stored_tile(s, NV * LANES, block, panel) : scratch.z[s];
+      logits<NV>(s, block, panel, z);
+      const Softmax sums = at.softmax[s].from(segment * p.rows + panel * PANEL);
+      if (s == 0 && p.label_smoothing) sums.add_total<NV>(z, block.n);
+      if (s == 0)
+        targets<NV>(block, panel, [&](int64_t row, int64_t i) { at.z_target[row] = z[i], z[i] = -INF; });
+      sums.add<NV>(z, block.n);
+      if (s == 0) targets<NV>(block, panel, [&](int64_t row, int64_t i) { z[i] = at.z_target[row]; });
+    }
+  }
+
+  // Sweep 2.
+  template <int NV>
+  void measure(int64_t segment, const Block& block, int64_t panel, const Layout::Scratch& scratch) const {
+    const float *z = again<NV>(0, block, panel, scratch), *z_teacher = again<NV>(1, block, panel, scratch);
+    const int64_t first = segment * p.rows + panel * PANEL;
+    with_divergence([&](auto divergence) {
+      divergence_sums<NV, divergence()>(z, z_teacher, block.n, rows(panel), p.beta, at.value + first,
+                                        at.slope + first);
+    });
+  }
+
+  // Sweep 3.
+  template <int NV>
+  void gradient(int64_t segment, const Block& block, int64_t panel, const Layout::Scratch& scratch) const {
+    const int64_t D = p.heads[0].D, first = segment * p.rows + panel * PANEL;
+    const float* z = again<NV>(0, block, panel, scratch);
+    float* dz = scratch.dz;
+    if (p.targets) {
+      const float weight = 1.0f - p.alpha, uniform = p.label_smoothing / p.V;
+      softmax_gradient<NV>(z, block.n, rows(panel), weight, uniform, dz);
+      targets<NV>(block, panel, [&](int64_t row, int64_t i) {
+        dz[i] = weight * (p.label_smoothing - uniform - at.missing[row]);
+      });
+    }
+    if (p.streams == 2) {
+      const float* z_teacher = again<NV>(1, block, panel, scratch);
+      with_divergence([&](auto divergence) {
+        if (!measured_early)
+          divergence_sums<NV, divergence()>(z, z_teacher, block.n, rows(panel), p.beta,
+                                            at.value + first, at.slope + first);
+        divergence_gradient<NV, divergence()>(z, z_teacher, block.n, rows(panel), p.beta, p.alpha,
+                                              p.targets, dz);
+      });
+    }
+    transform.template chain<NV>(z, block.n, dz);
+    gradient_tile<NV>(scratch.packed, block.n, dz, D, at.dh + gradient_offset(segment, panel));
+  }
+
+  template <class Body>
+  void with_divergence(const Body& body) const {
+    if (p.beta == 0.0f) return body(std::integral_constant<Divergence, forward_kl>());
+    if (p.beta == 1.0f) return body(std::integral_constant<Divergence, reverse_kl>());
+    return body(std::integral_constant<Divergence, jensen_shannon>());
+  }
+
+  int64_t gradient_offset(int64_t segment, int64_t panel) const {
+    return (segment * p.rows + panel * PANEL) * round_up(p.heads[0].D, TILE);
+  }
+
+  // logsumexp over the segments, in double; -inf where the row has nothing but -inf.
+  double logsumexp(const Softmax& sums, int64_t row) const {
+    float top = -INF;
+    for (int64_t s = 0; s < SEGMENTS; s++) top = std::max(top, sums.top[s * p.rows + row]);
+    if (top == -INF) top = 0.0f;
+    double sum = 0.0;
+    for (int64_t s = 0; s < SEGMENTS; s++)
+      sum += sums.sum[s * p.rows + row] * std::exp(double(sums.top[s * p.rows + row]) - top);
+    return top + std::log(sum);
+  }
+
+  double over_segments(const float* sums, int64_t row) const {
+    double sum = 0.0;
+    for (int64_t s = 0; s < SEGMENTS; s++) sum += sums[s * p.rows + row];
+    return sum;
+  }
+
+  void finish_softmax() const {
+    for (int64_t row = 0; row < panels * PANEL; row++) {
+      double lse = logsumexp(at.softmax[0], row);
+      if (p.targets && row < count) {
+        const double odds = lse - at.z_target[row];  // of all others against the target, as a logarithm
+        const double nll = odds > 0 ? odds + std::log1p(std::exp(-odds)) : std::log1p(std::exp(odds));
+        lse = odds == -INFINITY ? at.z_target[row] : at.z_target[row] == -INF ? lse : at.z_target[row] + nll;
+        at.missing[row] = float(1.0 / (1.0 + std::exp(-odds)));
+        double loss = (1.0 - p.label_smoothing) * nll;
+        if (p.label_smoothing)
+          loss += p.label_smoothing * (lse - over_segments(at.softmax[0].total, row) / p.V);
+        at.nll[row] = float(loss);
+      }
+      at.rows.lse_q[row] = float(lse);
+      if (p.streams == 2) at.rows.lse_p[row] = float(logsumexp(at.softmax[1], row));
+      at.rows.slope_sum[row] = 0.0f;  // forward KL's slopes sum to zero; the others' follow
+    }
+  }
+
+  void finish_slopes() const {
+    for (int64_t row = 0; row < count; row++) at.rows.slope_sum[row] = float(over_segments(at.slope, row));
+  }
+
+  void finish_loss() const {
+    for (int64_t row = 0; row < count; row++) {
+      double loss = 0.0;
+      if (p.targets) loss += (1.0 - p.alpha) * at.nll[row];
+      if (p.streams == 2) loss += p.alpha * over_segments(at.value, row);
+      p.loss[start + row] = float(loss);
+    }
+  }
+
+  // The segments' gradients in order, and back from lanes to rows.
+  void finish_gradient() const {
+    const int64_t D = p.heads[0].D;
+    parallel(panels, [&](int64_t panel, int) {
+      const int64_t lanes = vectors(panel) * LANES;
+      float sum[PANEL];
+      for (int64_t d = 0; d < D; d++) {
+        for (int64_t lane = 0; lane < lanes; lane++) {
+          sum[lane] = 0.0f;
+          for (int64_t s = 0; s < SEGMENTS; s++)
+            sum[lane] += at.dh[gradient_offset(s, panel) + d * lanes + lane];
+        }
+        for (int64_t lane = 0; lane < lanes && panel * PANEL + lane < count; lane++)
+          p.dhidden[(start + panel * PANEL + lane) * D + d] = sum[lane];
+      }
+    });
+  }
+};
+
+static int64_t workspace_floats(const TokenLoss& p) {
+  return Layout(p, nullptr).size;
+}
+
+static void run(const TokenLoss& p, ParallelFor parallel) {
+  const Layout layout(p, p.workspace);
+  for (int64_t start = 0; start < p.T; start += p.rows) Chunk(p, layout, parallel, start).run();
+}

@@ -1,0 +1,20 @@
+// The engine for any CPU: 16-byte vectors (SSE2, NEON).
+#include <algorithm>
+#include <cmath>
+#include <type_traits>
+#include <vector>
+
+#include "problem.h"
+
+#define SPF_VECTOR_BYTES 16
+
+namespace softprompt_fast::baseline {
+#include "simd.h"
+#include "products.h"
+#include "tiles.h"
+#include "engine.h"
+}  // namespace softprompt_fast::baseline
+
+namespace softprompt_fast {
+const Engine baseline_engine{"baseline", baseline::PANEL, baseline::workspace_floats, baseline::run};
+}  // namespace softprompt_fast

@@ -1,0 +1,54 @@
+// One call of the CPU engine in plain C++: no PyTorch types, so that every instruction set compiles it.
+//
+// Legend: T tokens, D hidden width, V vocabulary. All matrices are dense and row-major.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+
+namespace softprompt_fast {
+
+enum class Dtype { f32, bf16, f16 };
+
+// softmax(W h + b) of the student or of the teacher.
+struct Head {
+  const void* hidden;  // [T, D]
+  const void* weight;  // [V, D]
+  const void* bias;    // [V] or null
+  int64_t D;
+};
+
+struct TokenLoss {
+  Head heads[2];  // student, teacher
+  int streams;    // 1: student only, 2: both
+  Dtype dtype;
+  int64_t T, V;
+  const int64_t* targets;  // [T] in range, or null
+  float label_smoothing;
+  float alpha;        // loss = alpha * divergence + (1 - alpha) * nll
+  float beta;         // 0 KL(p||q), 1 KL(q||p), between JSD
+  float softcap;      // 0: none
+  float logit_scale;
+  float temperature;
+  int64_t rows;       // rows in a chunk, a multiple of the panel
+  bool stored;        // keep a chunk's logits between the sweeps
+  int threads;        // scratch is laid out for this many
+  float* loss;        // [T]
+  float* dhidden;     // [T, D] or null
+  float* workspace;   // workspace_floats()
+};
+
+using Task = std::function<void(int64_t task, int thread)>;
+using ParallelFor = void (*)(int64_t tasks, const Task&);
+
+// What one instruction set offers.
+struct Engine {
+  const char* name;
+  int panel_rows;
+  int64_t (*workspace_floats)(const TokenLoss&);
+  void (*run)(const TokenLoss&, ParallelFor);
+};
+
+extern const Engine avx512_engine, avx2_engine, baseline_engine;
+
+}  // namespace softprompt_fast

@@ -1,0 +1,101 @@
+// The two matrix products of a tile: logits, and the gradient that goes back through the head.
+//
+// A panel is NV vectors of rows (tokens): the rows lie in the SIMD lanes, the head's numbers are broadcast.
+// So the head is read as it lies in memory, the softmax over the vocabulary needs no step across lanes,
+// and a row's sums are taken in one fixed order whatever rows stand beside it.
+
+constexpr int PANEL_VECTORS = 3;
+constexpr int PANEL = PANEL_VECTORS * LANES;
+// Rows of a register tile: TILE * PANEL_VECTORS accumulators fit the register file (32 or 16).
+constexpr int TILE = SPF_VECTOR_BYTES == 64 ? 8 : 4;
+// Vocabulary entries of a block, and the slice of D whose panel stays in the second-level cache.
+constexpr int64_t BLOCK = 128;
+constexpr int64_t SLICE = 256;
+
+SPF_INLINE float half_to_float(uint16_t h) {
+  uint32_t sign = uint32_t(h & 0x8000) << 16, magnitude = uint32_t(h & 0x7fff) << 13;
+  float scaled;
+  __builtin_memcpy(&scaled, &magnitude, 4);
+  scaled *= 0x1p112f;  // rebias the exponent; subnormals come out right
+  uint32_t bits;
+  __builtin_memcpy(&bits, &scaled, 4);
+  if ((h & 0x7c00) == 0x7c00) bits |= 0x7f800000;  // infinity and NaN
+  bits |= sign;
+  __builtin_memcpy(&scaled, &bits, 4);
+  return scaled;
+}
+
+// n numbers from element `first` of a matrix of any dtype, as fp32.
+static void to_float(const void* source, Dtype dtype, int64_t first, int64_t n, float* out) {
+  if (dtype == Dtype::f32) {
+    __builtin_memcpy(out, static_cast<const float*>(source) + first, n * sizeof(float));
+  } else if (dtype == Dtype::bf16) {
+    const uint16_t* in = static_cast<const uint16_t*>(source) + first;
+    for (int64_t i = 0; i < n; i++) {
+      uint32_t bits = uint32_t(in[i]) << 16;
+      __builtin_memcpy(out + i, &bits, 4);
+    }
+  } else {
+    const uint16_t* in = static_cast<const uint16_t*>(source) + first;
+    for (int64_t i = 0; i < n; i++) out[i] = half_to_float(in[i]);
+  }
+}
+
+// M rows of: out[v, :] (+)= sum over k in [0, n) of a[v, k] * b[k, :]; a's row stride is `lda`, column
+// stride `step`.
+template <int M, int NV>
+SPF_INLINE void register_tile(const float* a, int64_t lda, int64_t step, const float* b, int64_t n,
+                              float* out, bool accumulate) {
+  constexpr int ROWS = NV * LANES;
+  vf sum[M][NV] = {};
+  for (int64_t k = 0; k < n; k++) {
+    vf column[NV];
+#pragma GCC unroll 8
+    for (int j = 0; j < NV; j++) column[j] = load(b + k * ROWS + j * LANES);
+#pragma GCC unroll 8
+    for (int i = 0; i < M; i++) {
+      vf factor = broadcast(a[i * lda + k * step]);
+#pragma GCC unroll 8
+      for (int j = 0; j < NV; j++) sum[i][j] += factor * column[j];
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < M; i++) {
+#pragma GCC unroll 8
+    for (int j = 0; j < NV; j++) {
+      float* p = out + i * ROWS + j * LANES;
+      store(p, accumulate ? load(p) + sum[i][j] : sum[i][j]);
+    }
+  }
+}
+
+// z[v, :] = sum over d of w[v, d] * h[d, :] for v in [0, n).    w [n, D], h [D, ROWS]
+template <int NV>
+static void logits_tile(const float* w, int64_t n, const float* h, int64_t D, float* z) {
+  constexpr int ROWS = NV * LANES;
+  for (int64_t d = 0; d < D; d += SLICE) {
+    const int64_t width = D - d < SLICE ? D - d : SLICE;
+    int64_t v = 0;
+    for (; v + TILE <= n; v += TILE)
+      register_tile<TILE, NV>(w + v * D + d, D, 1, h + d * ROWS, width, z + v * ROWS, d > 0);
+    for (; v < n; v++)
+      register_tile<1, NV>(w + v * D + d, D, 1, h + d * ROWS, width, z + v * ROWS, d > 0);
+  }
+}
+
+// [n, D] -> [ceil(D / TILE)][n][TILE], so that the gradient's broadcasts are contiguous. Zero padded.
+static void pack_columns(const float* w, int64_t n, int64_t D, float* packed) {
+  for (int64_t d = 0; d < D; d += TILE) {
+    const int64_t width = D - d < TILE ? D - d : TILE;
+    for (int64_t v = 0; v < n; v++, packed += TILE)
+      for (int64_t i = 0; i < TILE; i++) packed[i] = i < width ? w[v * D + d + i] : 0.0f;
+  }
+}
+
+// dh[d, :] += sum over v in [0, n) of w[v, d] * dz[v, :].    packed: see above, dh [padded D, ROWS]
+template <int NV>
+static void gradient_tile(const float* packed, int64_t n, const float* dz, int64_t D, float* dh) {
+  constexpr int ROWS = NV * LANES;
+  for (int64_t d = 0; d < D; d += TILE)
+    register_tile<TILE, NV>(packed + d * n, 1, TILE, dz, n, dh + d * ROWS, true);
+}

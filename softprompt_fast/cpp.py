@@ -1,0 +1,79 @@
+"""The engine of the cpp backend: plans the workspace, then hands the whole loss to csrc/cpu.
+
+The compiled engine never forms [T, V]: it computes tiles of logits that stay in the core's cache and,
+where the workspace allows, keeps the logits of a few hundred rows between its two sweeps of the head.
+Where it does not, the second sweep computes them again.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .problem import Problem
+
+# Rows in a chunk. Each chunk streams the head from memory once a sweep: enough rows to hide that,
+# few enough that their logits take little room.
+MAX_ROWS = 384
+
+
+def token_loss(problem: Problem) -> tuple[Tensor, Tensor]:
+    """loss [T] fp32, dhidden [T, D] fp32 (empty without gradient)."""
+    hidden = problem.hidden.contiguous()
+    tokens, width = hidden.shape
+    loss = hidden.new_empty(tokens, dtype=torch.float32)
+    dhidden = hidden.new_empty((tokens if problem.with_grad else 0, width), dtype=torch.float32)
+    rows, stored, threads, floats = plan(problem)
+    torch.ops.softprompt_fast_C.token_loss_(
+        hidden,
+        problem.weight.contiguous(),
+        problem.bias,
+        problem.targets,
+        problem.label_smoothing,
+        None if problem.teacher is None else problem.teacher.contiguous(),
+        None if problem.teacher_weight is None else problem.teacher_weight.contiguous(),
+        problem.teacher_bias,
+        problem.beta,
+        problem.alpha,
+        problem.transform.softcap or 0.0,
+        problem.transform.logit_scale,
+        problem.transform.temperature,
+        rows,
+        stored,
+        threads,
+        loss,
+        dhidden,
+        hidden.new_empty(floats, dtype=torch.float32),
+    )
+    return loss, dhidden
+
+
+def plan(problem: Problem) -> tuple[int, bool, int, int]:
+    """(rows in a chunk, keep their logits between the sweeps?, threads, workspace in fp32 numbers)."""
+    panel = torch.ops.softprompt_fast_C.panel_rows()
+    needed = -(-max(1, problem.hidden.shape[0]) // panel) * panel
+    largest = max(panel, min(needed, MAX_ROWS // panel * panel))
+    second_sweep = problem.with_grad or problem.teacher is not None
+    for stored in (True, False) if second_sweep else (False,):
+        for rows in range(largest, 0, -panel):
+            threads, floats = _workspace(problem, rows, stored)
+            if 4 * floats <= problem.workspace_mib * 2**20:
+                return rows, stored, threads, floats
+    checks.workspace(4 * floats, problem.workspace_mib, f"a panel of {panel} rows")
+    raise AssertionError("the smallest plan fits, or checks.workspace has raised")
+
+
+def _workspace(problem: Problem, rows: int, stored: bool) -> tuple[int, int]:
+    threads = torch.get_num_threads()
+    floats = torch.ops.softprompt_fast_C.workspace_floats(
+        rows,
+        problem.hidden.shape[1],
+        0 if problem.teacher is None else problem.teacher.shape[1],
+        problem.weight.shape[0],
+        stored,
+        problem.with_grad,
+        problem.weight.dtype != torch.float32,
+        threads,
+    )
+    return threads, floats

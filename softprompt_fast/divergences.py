@@ -1,0 +1,80 @@
+"""Divergences between teacher p and student q, one vocabulary entry at a time.
+
+Each function maps ``(log_p, log_q)`` to ``(value, slope)``: ``value`` sums to the divergence, and
+``slope`` is the derivative of that sum by ``log_q``, up to a multiple of q. That freedom costs nothing,
+because the gradient by the logits, ``slope - q * slope.sum()``, does not see it; it is used here to keep
+small differences small. Near convergence ``p (log p - log q)`` cancels between entries, so every value
+is written as ``p (e^d - 1 - d)`` with ``d = log q - log p``: never negative, and exact for small d.
+
+``beta`` follows TRL and Liger: 0 is KL(p || q), 1 is KL(q || p), between is the generalised
+Jensen-Shannon divergence with the mixture m = beta p + (1 - beta) q.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+Divergence = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+# Below this |d| the series of e^d - 1 - d is exact to fp32; above it the plain form does not cancel.
+SMALL = 0.5
+
+
+def excess(d: Tensor) -> Tensor:
+    """e^d - 1 - d for |d| <= SMALL, by its Taylor series."""
+    series = torch.full_like(d, 1 / 3628800)
+    for denominator in (362880, 40320, 5040, 720, 120, 24, 6, 2):
+        series = series * d + 1 / denominator
+    return series * d * d
+
+
+def times(p: Tensor, x: Tensor) -> Tensor:
+    """p * x, where an entry without probability contributes nothing even if x is infinite."""
+    return torch.where(p == 0, 0.0, p * x)
+
+
+def forward_kl(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(p || q). Slope -p, shifted by q: it sums to zero."""
+    p, q, d = log_p.exp(), log_q.exp(), log_q - log_p
+    small = d.abs() < SMALL
+    value = torch.where(small, p * excess(d), q - p - times(p, d))
+    slope = torch.where(small, p * (d + excess(d)), q - p)
+    return value, slope
+
+
+def reverse_kl(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(q || p). Slope q (log q - log p) + q, shifted by -q."""
+    p, q, d = log_p.exp(), log_q.exp(), log_q - log_p
+    slope = times(q, d)
+    value = torch.where(d.abs() < SMALL, q * excess(-d), p - q + slope)
+    return value, slope
+
+
+def jensen_shannon(log_p: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """beta KL(p || m) + (1 - beta) KL(q || m). Slope (1 - beta) q log(q / m)."""
+    p, q, d = log_p.exp(), log_q.exp(), log_q - log_p
+    # log(m / larger of p, q): expm1 then only sees arguments <= 0 and cannot overflow
+    m_over_p = torch.log1p((1 - beta) * torch.expm1(d.clamp(max=0)))
+    m_over_q = torch.log1p(beta * torch.expm1(-d.clamp(min=0)))
+    p_over_m = torch.where(d <= 0, -m_over_p, -m_over_q - d)
+    q_over_m = torch.where(d <= 0, d - m_over_p, -m_over_q)
+    slope = (1 - beta) * times(q, q_over_m)
+    value = torch.where(
+        d.abs() < SMALL,
+        beta * p * excess(-p_over_m) + (1 - beta) * q * excess(-q_over_m),
+        beta * times(p, p_over_m) + slope,
+    )
+    return value, slope
+
+
+def divergence(beta: float) -> Divergence:
+    """The divergence that ``beta`` names."""
+    if beta == 0.0:
+        return forward_kl
+    if beta == 1.0:
+        return reverse_kl
+    return partial(jensen_shannon, beta=beta)

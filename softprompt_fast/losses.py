@@ -1,0 +1,189 @@
+"""The public losses: PyTorch's values and gradients without the [T, V] logits.
+
+Legend: T tokens, D hidden width, V vocabulary. Logit z = softcap(logit_scale (W h + b)) / temperature.
+Losses are in nats and float32, whatever the dtype of the inputs. The keyword options that all of them
+share, with their defaults, are the fields of ``LossOptions``.
+
+All raise ValueError or TypeError for shapes, dtypes, devices or numbers that do not fit and for a head
+that requires grad, IndexError for a label outside the vocabulary. Under autocast the hidden states are
+cast to the head's dtype. There is no second derivative.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import backends, checks, ops
+from .reduction import reduce_tokens
+
+
+class LossOptions(NamedTuple):
+    """What every loss takes by keyword."""
+
+    bias: Tensor | None = None
+    """[V], frozen"""
+    softcap: float | None = None
+    """z becomes softcap * tanh(z / softcap), before the temperature (Gemma)"""
+    logit_scale: float = 1.0
+    """factor on the product (Cohere; for Granite 1 / logits_scaling)"""
+    temperature: float = 1.0
+    """divides the logits, the teacher's too"""
+    ignore_index: int = -100
+    """tokens with this label count nothing: no loss, no gradient, no work"""
+    token_weight: Tensor | None = None
+    """[...], a factor for each token's loss"""
+    reduction: str = "mean"
+    """"mean" over the tokens (or the token_weight) that count, "sum" or "none"; nothing counts: 0"""
+    backend: str = "auto"
+    """"auto", or a name from ``backends.available()``"""
+    workspace_mib: float = 256
+    """MiB that may be allocated beyond inputs, loss and gradient"""
+
+
+def linear_nll(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    **options: Any,
+) -> Tensor:
+    """Negative log-likelihood: ``F.cross_entropy(hidden @ weight.T, targets)``.
+
+    hidden [..., D]    weight [V, D], frozen    targets [...] int    options: ``LossOptions``
+    """
+    checks.labels("targets", targets, hidden)
+    return _loss(
+        hidden, weight, LossOptions(**options), targets=targets, label_smoothing=label_smoothing
+    )
+
+
+def linear_kl(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher: Tensor,
+    *,
+    teacher_weight: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    beta: float = 0.0,
+    labels: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """Divergence between the next-token distributions of teacher p and student q.
+
+    ``beta`` 0: KL(p || q), as ``F.kl_div(log_q, log_p, log_target=True).sum(-1)``. 1: KL(q || p).
+    Between: beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q, the generalised
+    Jensen-Shannon divergence as TRL and Liger define it.
+
+    hidden [..., D]    weight [V, D], frozen    teacher [..., D_t] hidden states    options: ``LossOptions``
+    teacher_weight [V, D_t], teacher_bias [V]: the teacher's own head; without it, the student's.
+    labels [...] only says which tokens count: those unequal to ignore_index.
+    """
+    if labels is not None:
+        checks.labels("labels", labels, hidden)
+    return _loss(
+        hidden,
+        weight,
+        LossOptions(**options),
+        labels=labels,
+        teacher=teacher,
+        teacher_weight=teacher_weight,
+        teacher_bias=teacher_bias,
+        beta=beta,
+        alpha=1.0,
+    )
+
+
+def linear_distill(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    teacher: Tensor,
+    *,
+    alpha: float = 0.5,
+    beta: float = 0.0,
+    teacher_weight: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    **options: Any,
+) -> Tensor:
+    """``alpha * linear_kl(..., labels=targets) + (1 - alpha) * linear_nll(...)`` in one sweep.
+
+    Shapes as in ``linear_kl`` and ``linear_nll``; the temperature applies to both terms.
+    """
+    checks.labels("targets", targets, hidden)
+    return _loss(
+        hidden,
+        weight,
+        LossOptions(**options),
+        targets=targets,
+        label_smoothing=label_smoothing,
+        teacher=teacher,
+        teacher_weight=teacher_weight,
+        teacher_bias=teacher_bias,
+        beta=beta,
+        alpha=alpha,
+    )
+
+
+def _loss(
+    hidden: Tensor,
+    weight: Tensor,
+    options: LossOptions,
+    *,
+    targets: Tensor | None = None,
+    labels: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    teacher: Any = None,
+    teacher_weight: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    beta: float = 0.0,
+    alpha: float | None = None,
+) -> Tensor:
+    """Check, flatten to [T, D], run the op, reduce. ``alpha`` None: there is no teacher."""
+    hidden, teacher = _autocast(hidden, weight), _autocast(teacher, weight)
+    checks.head(hidden, weight, options.bias)
+    checks.numbers(options, label_smoothing=label_smoothing, beta=beta, alpha=alpha)
+    checks.token_weight(options.token_weight, hidden)
+    if alpha is not None:
+        checks.teacher(hidden, weight, teacher, teacher_weight, teacher_bias)
+    counted = targets if targets is not None else labels
+    keep = None if counted is None else counted != options.ignore_index
+
+    token_loss, _ = ops.token_loss(
+        _rows(hidden),
+        weight,
+        options.bias,
+        None if targets is None else targets.flatten().long(),
+        None if keep is None else keep.flatten(),
+        label_smoothing,
+        None if teacher is None else _rows(teacher),
+        teacher_weight,
+        teacher_bias,
+        beta,
+        0.0 if alpha is None else alpha,
+        options.softcap,
+        options.logit_scale,
+        options.temperature,
+        torch.is_grad_enabled() and hidden.requires_grad,
+        backends.resolve(options.backend, hidden.device),
+        options.workspace_mib,
+    )
+    return reduce_tokens(
+        token_loss.view(hidden.shape[:-1]), keep, options.token_weight, options.reduction
+    )
+
+
+def _autocast(hidden: Any, weight: Tensor) -> Any:
+    """Under autocast the small side is cast: the hidden states, never the head."""
+    if isinstance(hidden, Tensor) and torch.is_autocast_enabled(hidden.device.type):
+        return hidden.to(weight.dtype)
+    return hidden
+
+
+def _rows(hidden: Tensor) -> Tensor:
+    """[..., D] -> [T, D], also for a single [D] and for no tokens at all."""
+    return hidden.unsqueeze(0) if hidden.dim() == 1 else hidden.flatten(0, -2)

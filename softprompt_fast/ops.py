@@ -1,0 +1,120 @@
+"""The one custom op: a loss per token and its gradient by the hidden states.
+
+The head is frozen, so the gradient of every token is known in the forward pass and backward only scales
+it. That makes reductions, token weights, gradient accumulation and retain_graph plain PyTorch around
+the op. It is opaque to the compiler on purpose: a host loop over tiles or over the vendor's product.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import checks, chunked, cpp
+from .logit_transform import LogitTransform
+from .problem import Problem
+
+ENGINES = {"torch": chunked.token_loss, "cpp": cpp.token_loss}
+
+
+@torch.library.custom_op("softprompt_fast::token_loss", mutates_args=())
+def token_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor | None,
+    keep: Tensor | None,
+    label_smoothing: float,
+    teacher: Tensor | None,
+    teacher_weight: Tensor | None,
+    teacher_bias: Tensor | None,
+    beta: float,
+    alpha: float,
+    softcap: float | None,
+    logit_scale: float,
+    temperature: float,
+    with_grad: bool,
+    backend: str,
+    workspace_mib: float,
+) -> tuple[Tensor, Tensor]:
+    """loss [T] fp32 and dhidden [T, D] (empty without gradient); both 0 where ``keep`` [T] is False.
+
+    ``backend`` is a resolved name, never "auto". See ``Problem`` for the rest.
+    """
+    if targets is not None:
+        ignored = None if keep is None else ~keep
+        checks.labels_in_range("targets", targets, ignored, weight.shape[0])
+    problem = Problem(
+        hidden,
+        weight,
+        bias,
+        targets,
+        label_smoothing,
+        teacher,
+        teacher_weight,
+        teacher_bias,
+        beta,
+        alpha,
+        LogitTransform(softcap, logit_scale, temperature),
+        with_grad,
+        workspace_mib,
+    )
+    everything = keep is None or bool(keep.all())
+    loss, dhidden = ENGINES[backend](problem if everything else problem.tokens(keep))
+    dhidden = dhidden.to(_gradient_dtype(hidden))
+    if everything:
+        return loss, dhidden
+    return _scatter(loss, keep), _scatter(dhidden, keep) if with_grad else dhidden
+
+
+@token_loss.register_fake
+def _(hidden, weight, bias, targets, keep, label_smoothing, *teacher_to_temperature_and_run):
+    with_grad = teacher_to_temperature_and_run[-3]
+    tokens, width = hidden.shape
+    return (
+        hidden.new_empty(tokens, dtype=torch.float32),
+        hidden.new_empty((tokens if with_grad else 0, width), dtype=_gradient_dtype(hidden)),
+    )
+
+
+@torch.library.custom_op("softprompt_fast::token_loss_backward", mutates_args=())
+def token_loss_backward(grad_loss: Tensor, dhidden: Tensor, hidden: Tensor) -> Tensor:
+    """dhidden scaled by the upstream gradient of each token. ``hidden`` only carries the graph."""
+    return (dhidden * grad_loss.unsqueeze(-1)).to(hidden.dtype)
+
+
+@token_loss_backward.register_fake
+def _(grad_loss, dhidden, hidden):
+    return torch.empty_like(hidden, memory_format=torch.contiguous_format)
+
+
+def _gradient_dtype(hidden: Tensor) -> torch.dtype:
+    """fp16 would lose small gradients before a loss scale can lift them; bf16 has fp32's range."""
+    return torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
+
+
+def _scatter(rows: Tensor, keep: Tensor) -> Tensor:
+    out = rows.new_zeros((keep.shape[0], *rows.shape[1:]))
+    out[keep] = rows
+    return out
+
+
+def _save_for_backward(ctx, inputs, output) -> None:
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1], inputs[0])
+
+
+def _backward(ctx, grad_loss, _grad_dhidden):
+    dhidden, hidden = ctx.saved_tensors
+    return token_loss_backward(grad_loss, dhidden, hidden), *[None] * 16
+
+
+def _refuse_double_backward(ctx, grad):
+    raise RuntimeError(
+        "softprompt_fast losses have no second derivative: their gradient is computed in the forward "
+        "pass. Use softprompt_fast.reference where a double backward is needed."
+    )
+
+
+token_loss.register_autograd(_backward, setup_context=_save_for_backward)
+token_loss_backward.register_autograd(_refuse_double_backward)
