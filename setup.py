@@ -1,7 +1,7 @@
 """Builds the compiled extension. Metadata is in pyproject.toml.
 
-Without a C++ compiler the package still installs; ``softprompt_fast.backends.available()`` then says why
-the "cpp" backend is missing.
+Without a C++ compiler the package still installs; ``softprompt_fast.backends.available()`` then
+says why the "cpp" backend is missing.
 """
 
 import shutil

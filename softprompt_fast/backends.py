@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
+from types import ModuleType
+
 import torch
 
+_C: ModuleType | None
+_cpp_problem: str | None
 try:
-    from . import _C
-
+    _C = importlib.import_module("softprompt_fast._C")
     _cpp_problem = None
 except ImportError as error:
-    _C = None  # type: ignore[assignment]
+    _C = None
     _cpp_problem = f"the compiled extension is missing ({error}); install with a C++ compiler"
 
 # The fastest first: "auto" takes the first that can run on the tensors' device.
@@ -34,7 +38,7 @@ def build_info() -> dict[str, str]:
 def resolve(name: str, device: torch.device) -> str:
     """The backend that will run: ``name`` itself, or for "auto" the fastest for ``device``.
 
-    Raises ValueError for an unknown name, RuntimeError with the reason where a named one cannot run.
+    Raises ValueError for an unknown name, RuntimeError with the reason why a named one cannot run.
     """
     problems = available()
     if name == "auto":

@@ -1,4 +1,4 @@
-"""Every check on what a user passes to a loss. Each error names the argument, its value and the remedy."""
+"""Every check on what a user passes to a loss; an error names argument, value and remedy."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """The engine of the row-kernel backends: logits of a chunk, row kernel, gradient of the chunk.
 
-Legend: T tokens, C rows in a chunk, D hidden width, V vocabulary. Logits are fp32 whatever the inputs are.
+Legend: T tokens, C rows in a chunk, D hidden width, V vocabulary. Logits are fp32 whatever the
+inputs are.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from .problem import Problem
 from .rows import divergence_rows, sparse_target_rows
 
 # A matrix product may take another summation order for a handful of rows; a multiple of this many
-# rows keeps a token's loss the same in whatever batch it sits (measured on MKL: 1, 2, 3 and 5 differ).
+# rows keeps a token's loss the same in whatever batch it sits (measured on MKL: 1, 2, 3 and 5
+# differ).
 ROW_MULTIPLE = 8
 # [C, V] fp32 buffers alive at once in the row kernels: targets alone, and with a teacher.
 BUFFERS_NLL = 4
@@ -85,7 +87,7 @@ def _times_head(dz: Tensor, weight: Tensor, workspace_mib: float) -> Tensor:
 
 
 def _vocabulary_blocks(weight: Tensor, workspace_mib: float) -> list[slice]:
-    """The whole head where it is fp32, else blocks whose fp32 copy takes an eighth of the workspace."""
+    """The whole head where it is fp32, else blocks that take an eighth of the workspace in fp32."""
     vocabulary, width = weight.shape
     if weight.dtype == torch.float32:
         return [slice(0, vocabulary)]

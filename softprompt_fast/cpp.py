@@ -1,8 +1,8 @@
 """The engine of the cpp backend: plans the workspace, then hands the whole loss to csrc/cpu.
 
-The compiled engine never forms [T, V]: it computes tiles of logits that stay in the core's cache and,
-where the workspace allows, keeps the logits of a few hundred rows between its two sweeps of the head.
-Where it does not, the second sweep computes them again.
+The compiled engine never forms [T, V]: it computes tiles of logits that stay in the core's cache
+and, where the workspace allows, keeps the logits of a few hundred rows between its two sweeps of
+the head. Where it does not, the second sweep computes them again.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def token_loss(problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 def plan(problem: Problem) -> tuple[int, bool, int, int]:
-    """(rows in a chunk, keep their logits between the sweeps?, threads, workspace in fp32 numbers)."""
+    """(rows in a chunk, keep logits between the sweeps?, threads, workspace in fp32 numbers)."""
     panel = torch.ops.softprompt_fast_C.panel_rows()
     needed = -(-max(1, problem.hidden.shape[0]) // panel) * panel
     largest = max(panel, min(needed, MAX_ROWS // panel * panel))

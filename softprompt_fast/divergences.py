@@ -1,10 +1,11 @@
 """Divergences between teacher p and student q, one vocabulary entry at a time.
 
 Each function maps ``(log_p, log_q)`` to ``(value, slope)``: ``value`` sums to the divergence, and
-``slope`` is the derivative of that sum by ``log_q``, up to a multiple of q. That freedom costs nothing,
-because the gradient by the logits, ``slope - q * slope.sum()``, does not see it; it is used here to keep
-small differences small. Near convergence ``p (log p - log q)`` cancels between entries, so every value
-is written as ``p (e^d - 1 - d)`` with ``d = log q - log p``: never negative, and exact for small d.
+``slope`` is the derivative of that sum by ``log_q``, up to a multiple of q. That freedom costs
+nothing, because the gradient by the logits, ``slope - q * slope.sum()``, does not see it; it is
+used here to keep small differences small. Near convergence ``p (log p - log q)`` cancels between
+entries, so every value is written as ``p (e^d - 1 - d)`` with ``d = log q - log p``: never
+negative, and exact for small d.
 
 ``beta`` follows TRL and Liger: 0 is KL(p || q), 1 is KL(q || p), between is the generalised
 Jensen-Shannon divergence with the mixture m = beta p + (1 - beta) q.
@@ -20,7 +21,8 @@ from torch import Tensor
 
 Divergence = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
-# Below this |d| the series of e^d - 1 - d is exact to fp32; above it the plain form does not cancel.
+# Below this |d| the series of e^d - 1 - d is exact to fp32; above it the plain form does not
+# cancel.
 SMALL = 0.5
 
 

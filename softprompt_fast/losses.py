@@ -1,12 +1,12 @@
 """The public losses: PyTorch's values and gradients without the [T, V] logits.
 
-Legend: T tokens, D hidden width, V vocabulary. Logit z = softcap(logit_scale (W h + b)) / temperature.
-Losses are in nats and float32, whatever the dtype of the inputs. The keyword options that all of them
-share, with their defaults, are the fields of ``LossOptions``.
+Legend: T tokens, D hidden width, V vocabulary. Logit z = softcap(logit_scale (W h + b)) /
+temperature. Losses are in nats and float32, whatever the dtype of the inputs. The keyword options
+that all of them share, with their defaults, are the fields of ``LossOptions``.
 
-All raise ValueError or TypeError for shapes, dtypes, devices or numbers that do not fit and for a head
-that requires grad, IndexError for a label outside the vocabulary. Under autocast the hidden states are
-cast to the head's dtype. There is no second derivative.
+All raise ValueError or TypeError for shapes, dtypes, devices or numbers that do not fit and for a
+head that requires grad, IndexError for a label outside the vocabulary. Under autocast the hidden
+states are cast to the head's dtype. There is no second derivative.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class LossOptions(NamedTuple):
     token_weight: Tensor | None = None
     """[...], a factor for each token's loss"""
     reduction: str = "mean"
-    """"mean" over the tokens (or the token_weight) that count, "sum" or "none"; nothing counts: 0"""
+    """mean (over the tokens, or the token_weight, that count; 0 where none does), sum or none"""
     backend: str = "auto"
-    """"auto", or a name from ``backends.available()``"""
+    """auto, or a name from ``backends.available()``"""
     workspace_mib: float = 256
     """MiB that may be allocated beyond inputs, loss and gradient"""
 
@@ -53,7 +53,8 @@ def linear_nll(
 ) -> Tensor:
     """Negative log-likelihood: ``F.cross_entropy(hidden @ weight.T, targets)``.
 
-    hidden [..., D]    weight [V, D], frozen    targets [...] int    options: ``LossOptions``
+    hidden [..., D]    weight [V, D], frozen    targets [...] int
+    options: ``LossOptions``
     """
     checks.labels("targets", targets, hidden)
     return _loss(
@@ -78,9 +79,10 @@ def linear_kl(
     Between: beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q, the generalised
     Jensen-Shannon divergence as TRL and Liger define it.
 
-    hidden [..., D]    weight [V, D], frozen    teacher [..., D_t] hidden states    options: ``LossOptions``
+    hidden [..., D]    weight [V, D], frozen    teacher [..., D_t] hidden states
     teacher_weight [V, D_t], teacher_bias [V]: the teacher's own head; without it, the student's.
     labels [...] only says which tokens count: those unequal to ignore_index.
+    options: ``LossOptions``
     """
     if labels is not None:
         checks.labels("labels", labels, hidden)

@@ -10,7 +10,7 @@ from .losses import linear_kl, linear_nll
 
 
 class LinearNLLLoss(nn.Module):
-    """``linear_nll`` with its options fixed: ``LinearNLLLoss(**options)(hidden, weight, targets)``."""
+    """``linear_nll``, its options fixed: ``LinearNLLLoss(**options)(hidden, weight, targets)``."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class LinearNLLLoss(nn.Module):
 
 
 class LinearKLLoss(nn.Module):
-    """``linear_kl`` with its options fixed: ``LinearKLLoss(beta=0.5)(hidden, weight, teacher)``."""
+    """``linear_kl``, its options fixed: ``LinearKLLoss(beta=0.5)(hidden, weight, teacher)``."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -54,9 +54,10 @@ def linear_cross_entropy(
     """``torch.nn.functional.linear_cross_entropy`` with a frozen head: same signature, fp32 loss.
 
     input [N, D] or [D]    linear_weight [V, D], frozen    target [N] or [] class indices
-    ``weight`` [V] rescales each class and the mean, as in PyTorch. Two differences: a batch in which every
-    target is ignored has mean 0, not NaN, and ``options`` must be None, for nothing needs to be chosen.
-    Raises TypeError for class probabilities, ValueError for ``weight`` with label smoothing.
+    ``weight`` [V] rescales each class and the mean, as in PyTorch. Two differences: a batch in
+    which every target is ignored has mean 0, not NaN, and ``options`` must be None, for nothing
+    needs to be chosen. Raises TypeError for class probabilities, ValueError for ``weight`` with
+    label smoothing.
     """
     if options is not None:
         raise ValueError(

@@ -1,8 +1,9 @@
 """The one custom op: a loss per token and its gradient by the hidden states.
 
-The head is frozen, so the gradient of every token is known in the forward pass and backward only scales
-it. That makes reductions, token weights, gradient accumulation and retain_graph plain PyTorch around
-the op. It is opaque to the compiler on purpose: a host loop over tiles or over the vendor's product.
+The head is frozen, so the gradient of every token is known in the forward pass and backward only
+scales it. That makes reductions, token weights, gradient accumulation and retain_graph plain
+PyTorch around the op. It is opaque to the compiler on purpose: a host loop over tiles or over the
+vendor's product.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def token_loss(
     backend: str,
     workspace_mib: float,
 ) -> tuple[Tensor, Tensor]:
-    """loss [T] fp32 and dhidden [T, D] (empty without gradient); both 0 where ``keep`` [T] is False.
+    """loss [T] fp32, dhidden [T, D] (empty without gradient); both 0 where ``keep`` [T] is False.
 
     ``backend`` is a resolved name, never "auto". See ``Problem`` for the rest.
     """
@@ -59,10 +60,11 @@ def token_loss(
         with_grad,
         workspace_mib,
     )
-    everything = keep is None or bool(keep.all())
-    loss, dhidden = ENGINES[backend](problem if everything else problem.tokens(keep))
+    if keep is not None and keep.all():
+        keep = None
+    loss, dhidden = ENGINES[backend](problem if keep is None else problem.tokens(keep))
     dhidden = dhidden.to(_gradient_dtype(hidden))
-    if everything:
+    if keep is None:
         return loss, dhidden
     return _scatter(loss, keep), _scatter(dhidden, keep) if with_grad else dhidden
 
@@ -111,8 +113,8 @@ def _backward(ctx, grad_loss, _grad_dhidden):
 
 def _refuse_double_backward(ctx, grad):
     raise RuntimeError(
-        "softprompt_fast losses have no second derivative: their gradient is computed in the forward "
-        "pass. Use softprompt_fast.reference where a double backward is needed."
+        "softprompt_fast losses have no second derivative: their gradient is computed in the "
+        "forward pass. Use softprompt_fast.reference where a double backward is needed."
     )
 
 

@@ -1,7 +1,7 @@
 """The losses as anyone would write them in PyTorch: full logits, and autograd for the gradient.
 
-They are the oracle of the tests and ``loss_impl="reference"`` of the trainer. They take any floating
-dtype: float64 stays float64, everything else is computed in float32.
+They are the oracle of the tests and ``loss_impl="reference"`` of the trainer. They take any
+floating dtype: float64 stays float64, everything else is computed in float32.
 """
 
 from __future__ import annotations

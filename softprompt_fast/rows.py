@@ -16,9 +16,9 @@ from .divergences import divergence
 def sparse_target_rows(z: Tensor, targets: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:
     """Cross-entropy with one target a row, smoothed over the vocabulary.
 
-    z [C, V], targets [C] -> loss [C], dz [C, V]. With o = logsumexp over all entries but the target,
-    -log q_target = softplus(o - z_target) and 1 - q_target = sigmoid(o - z_target): a confident row
-    keeps its relative accuracy, where lse - z_target and q_target - 1 would cancel.
+    z [C, V], targets [C] -> loss [C], dz [C, V]. With o = logsumexp over all entries but the
+    target, -log q_target = softplus(o - z_target) and 1 - q_target = sigmoid(o - z_target): a
+    confident row keeps its relative accuracy, where lse - z_target and q_target - 1 would cancel.
     """
     smoothing, uniform = label_smoothing, label_smoothing / z.shape[-1]
     target = targets.unsqueeze(-1)
