@@ -12,7 +12,7 @@ import torch
 from setuptools import setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
-FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas"]
+FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-ffp-contract=off", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas"]
 
 
 def extensions() -> list:

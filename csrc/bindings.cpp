@@ -1,5 +1,6 @@
 // The compiled extension's door to Python: softprompt_fast_C::* ops and build_info().
 #include <ATen/Parallel.h>
+#include <ATen/Version.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/library.h>
@@ -15,15 +16,19 @@ namespace {
 
 using at::Tensor;
 
-// The widest instruction set of this CPU.
-const Engine& engine() {
+// For the widest instruction set that PyTorch found here, or was told of in ATEN_CPU_CAPABILITY.
+const Engine& widest_engine() {
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    return avx512_engine;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2_engine;
+  const std::string capability = at::get_cpu_capability();
+  if (capability == "AVX512") return avx512_engine;
+  if (capability == "AVX2") return avx2_engine;
 #endif
   return baseline_engine;
+}
+
+const Engine& engine() {
+  static const Engine& chosen = widest_engine();
+  return chosen;
 }
 
 void parallel_for(int64_t tasks, const Task& task) {

@@ -1,8 +1,18 @@
 """Soft prompts that replace long contexts, trained with losses that never build the logits."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from . import backends, reference
 from .losses import LossOptions, linear_distill, linear_kl, linear_nll
 from .modules import LinearKLLoss, LinearNLLLoss, linear_cross_entropy
+
+if TYPE_CHECKING:
+    from .arguments import SoftPromptTrainingArguments
+    from .soft_prompt import SoftPrompt, SoftPromptConfig
+    from .trainer import SoftPromptTrainer
 
 __version__ = "0.1.0"
 
@@ -10,6 +20,10 @@ __all__ = [
     "LinearKLLoss",
     "LinearNLLLoss",
     "LossOptions",
+    "SoftPrompt",
+    "SoftPromptConfig",
+    "SoftPromptTrainer",
+    "SoftPromptTrainingArguments",
     "backends",
     "linear_cross_entropy",
     "linear_distill",
@@ -17,3 +31,17 @@ __all__ = [
     "linear_nll",
     "reference",
 ]
+
+# Who imports the losses alone does not wait for transformers.
+_LAZY = {
+    "SoftPrompt": "soft_prompt",
+    "SoftPromptConfig": "soft_prompt",
+    "SoftPromptTrainer": "trainer",
+    "SoftPromptTrainingArguments": "arguments",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)

@@ -112,11 +112,11 @@ def numbers(
 ) -> None:
     """The numbers beside the tensors."""
     temperature, softcap = options.temperature, options.softcap
-    if not (math.isfinite(temperature) and temperature > 0):
+    if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be a finite number above 0: got {temperature}.")
-    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+    if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap must be None or a finite number above 0: got {softcap}.")
-    if not math.isfinite(options.logit_scale):
+    if not -math.inf < options.logit_scale < math.inf:
         raise ValueError(f"logit_scale must be finite: got {options.logit_scale}.")
     for name, value in (("label_smoothing", label_smoothing), ("beta", beta), ("alpha", alpha)):
         if value is not None and not 0.0 <= value <= 1.0:
@@ -133,7 +133,7 @@ def workspace(needed_bytes: int, workspace_mib: float, what: str) -> None:
     """The smallest piece of work must fit the workspace."""
     if needed_bytes > workspace_mib * 2**20:
         raise ValueError(
-            f"workspace_mib={workspace_mib} is too small: {what} needs "
+            f"workspace_mib={workspace_mib:g} is too small: {what} needs "
             f"{math.ceil(needed_bytes / 2**20)} MiB."
         )
 

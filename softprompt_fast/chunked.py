@@ -7,7 +7,6 @@ inputs are.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks
@@ -19,37 +18,36 @@ from .rows import divergence_rows, sparse_target_rows
 # differ).
 ROW_MULTIPLE = 8
 # [C, V] fp32 buffers alive at once in the row kernels: targets alone, and with a teacher.
-BUFFERS_NLL = 4
-BUFFERS_DIVERGENCE = 14
+BUFFERS_NLL = 7
+BUFFERS_DIVERGENCE = 20
 
 
 def token_loss(problem: Problem) -> tuple[Tensor, Tensor]:
     """loss [T] fp32, dhidden [T, D] fp32 (empty without gradient)."""
+    tokens = len(problem.hidden)
+    problem = problem.padded_to_multiple(ROW_MULTIPLE)
     hidden = problem.hidden
-    tokens, width = hidden.shape
-    loss = hidden.new_empty(tokens, dtype=torch.float32)
-    dhidden = hidden.new_empty((tokens if problem.with_grad else 0, width), dtype=torch.float32)
+    loss = hidden.new_empty(len(hidden), dtype=torch.float32)
+    with_grad = len(hidden) if problem.with_grad else 0
+    dhidden = hidden.new_empty((with_grad, hidden.shape[1]), dtype=torch.float32)
     step = chunk_rows(problem)
-    for start in range(0, tokens, step):
-        rows = slice(start, min(start + step, tokens))
-        dz = _chunk(problem, rows, loss)
-        if problem.with_grad:
-            dhidden[rows] = _times_head(dz, problem.weight, problem.workspace_mib)
-    return loss, dhidden
+    for start in range(0, len(hidden), step):
+        _chunk(problem, slice(start, start + step), loss, dhidden)
+    return loss[:tokens], dhidden[:tokens]
 
 
 def chunk_rows(problem: Problem) -> int:
     """As many rows as the workspace holds, a multiple of ROW_MULTIPLE."""
     buffers = BUFFERS_NLL if problem.teacher is None else BUFFERS_DIVERGENCE
-    row_bytes = 4 * problem.weight.shape[0] * buffers
+    row_bytes = 4 * len(problem.weight) * buffers
     checks.workspace(
         ROW_MULTIPLE * row_bytes, problem.workspace_mib, f"a chunk of {ROW_MULTIPLE} rows"
     )
     return int(problem.workspace_mib * 2**20) // row_bytes // ROW_MULTIPLE * ROW_MULTIPLE
 
 
-def _chunk(problem: Problem, rows: slice, loss: Tensor) -> Tensor:
-    """Fill loss[rows]; return the gradient by the raw product, [C, V]."""
+def _chunk(problem: Problem, rows: slice, loss: Tensor, dhidden: Tensor) -> None:
+    """Fill loss[rows] and, where the gradient is wanted, dhidden[rows]."""
     z, *teacher = (
         _logits(hidden[rows], weight, bias, problem) for hidden, weight, bias in problem.heads
     )
@@ -62,28 +60,19 @@ def _chunk(problem: Problem, rows: slice, loss: Tensor) -> Tensor:
         kl, dz = divergence_rows(z, teacher[0], problem.beta)
         loss[rows] = problem.alpha * kl + (1 - problem.alpha) * nll
         dz.mul_(problem.alpha).add_(dz_nll, alpha=1 - problem.alpha)
-    return dz.mul_(problem.transform.slope(z))
+    if problem.with_grad:
+        dz.mul_(problem.transform.slope(z))
+        out = dhidden[rows].zero_()
+        for block in _vocabulary_blocks(problem.weight, problem.workspace_mib):
+            out.addmm_(dz[:, block], problem.weight[block].float())
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem) -> Tensor:
     """[C, D] -> finished logits [C, V] fp32."""
-    rows = hidden.shape[0]
-    padded = F.pad(hidden, (0, 0, 0, -rows % ROW_MULTIPLE))
-    raw = padded.new_empty((padded.shape[0], weight.shape[0]), dtype=torch.float32)
+    raw = hidden.new_empty((len(hidden), len(weight)), dtype=torch.float32)
     for block in _vocabulary_blocks(weight, problem.workspace_mib):
-        raw[:, block] = padded.float() @ weight[block].float().T
-    raw = raw[:rows]
+        raw[:, block] = hidden.float() @ weight[block].float().T
     return problem.transform(raw if bias is None else raw.add_(bias))
-
-
-def _times_head(dz: Tensor, weight: Tensor, workspace_mib: float) -> Tensor:
-    """[C, V] @ [V, D] -> [C, D] fp32."""
-    rows = dz.shape[0]
-    padded = F.pad(dz, (0, 0, 0, -rows % ROW_MULTIPLE))
-    out = dz.new_zeros((padded.shape[0], weight.shape[1]))
-    for block in _vocabulary_blocks(weight, workspace_mib):
-        out.addmm_(padded[:, block], weight[block].float())
-    return out[:rows]
 
 
 def _vocabulary_blocks(weight: Tensor, workspace_mib: float) -> list[slice]:

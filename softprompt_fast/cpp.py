@@ -28,12 +28,12 @@ def token_loss(problem: Problem) -> tuple[Tensor, Tensor]:
     torch.ops.softprompt_fast_C.token_loss_(
         hidden,
         problem.weight.contiguous(),
-        problem.bias,
-        problem.targets,
+        _contiguous(problem.bias),
+        _contiguous(problem.targets),
         problem.label_smoothing,
-        None if problem.teacher is None else problem.teacher.contiguous(),
-        None if problem.teacher_weight is None else problem.teacher_weight.contiguous(),
-        problem.teacher_bias,
+        _contiguous(problem.teacher),
+        _contiguous(problem.teacher_weight),
+        _contiguous(problem.teacher_bias),
         problem.beta,
         problem.alpha,
         problem.transform.softcap or 0.0,
@@ -47,6 +47,10 @@ def token_loss(problem: Problem) -> tuple[Tensor, Tensor]:
         hidden.new_empty(floats, dtype=torch.float32),
     )
     return loss, dhidden
+
+
+def _contiguous(value: Tensor | None) -> Tensor | None:
+    return None if value is None else value.contiguous()
 
 
 def plan(problem: Problem) -> tuple[int, bool, int, int]:

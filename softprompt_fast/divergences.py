@@ -48,12 +48,19 @@ def forward_kl(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
     return value, slope
 
 
+def from_rate(q: Tensor, rate: Tensor) -> Tensor:
+    """The slope q * rate, shifted by the rate of the student's most probable entry.
+
+    Without the shift a confident student's gradient would be a difference of large numbers.
+    """
+    return times(q, rate - rate.gather(-1, q.argmax(-1, keepdim=True)))
+
+
 def reverse_kl(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(q || p). Slope q (log q - log p) + q, shifted by -q."""
+    """KL(q || p). Slope q (log q - log p) + q."""
     p, q, d = log_p.exp(), log_q.exp(), log_q - log_p
-    slope = times(q, d)
-    value = torch.where(d.abs() < SMALL, q * excess(-d), p - q + slope)
-    return value, slope
+    value = torch.where(d.abs() < SMALL, q * excess(-d), p - q + times(q, d))
+    return value, from_rate(q, d)
 
 
 def jensen_shannon(log_p: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
@@ -64,13 +71,12 @@ def jensen_shannon(log_p: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, T
     m_over_q = torch.log1p(beta * torch.expm1(-d.clamp(min=0)))
     p_over_m = torch.where(d <= 0, -m_over_p, -m_over_q - d)
     q_over_m = torch.where(d <= 0, d - m_over_p, -m_over_q)
-    slope = (1 - beta) * times(q, q_over_m)
     value = torch.where(
         d.abs() < SMALL,
         beta * p * excess(-p_over_m) + (1 - beta) * q * excess(-q_over_m),
-        beta * times(p, p_over_m) + slope,
+        beta * times(p, p_over_m) + (1 - beta) * times(q, q_over_m),
     )
-    return value, slope
+    return value, from_rate(q, (1 - beta) * q_over_m)
 
 
 def divergence(beta: float) -> Divergence:

@@ -146,7 +146,7 @@ def _loss(
     alpha: float | None = None,
 ) -> Tensor:
     """Check, flatten to [T, D], run the op, reduce. ``alpha`` None: there is no teacher."""
-    hidden, teacher = _autocast(hidden, weight), _autocast(teacher, weight)
+    hidden, teacher = _autocast(hidden, hidden, weight), _autocast(teacher, hidden, weight)
     checks.head(hidden, weight, options.bias)
     checks.numbers(options, label_smoothing=label_smoothing, beta=beta, alpha=alpha)
     checks.token_weight(options.token_weight, hidden)
@@ -159,8 +159,8 @@ def _loss(
         _rows(hidden),
         weight,
         options.bias,
-        None if targets is None else targets.flatten().long(),
-        None if keep is None else keep.flatten(),
+        targets,
+        keep,
         label_smoothing,
         None if teacher is None else _rows(teacher),
         teacher_weight,
@@ -179,11 +179,11 @@ def _loss(
     )
 
 
-def _autocast(hidden: Any, weight: Tensor) -> Any:
+def _autocast(states: Any, hidden: Tensor, weight: Tensor) -> Any:
     """Under autocast the small side is cast: the hidden states, never the head."""
-    if isinstance(hidden, Tensor) and torch.is_autocast_enabled(hidden.device.type):
-        return hidden.to(weight.dtype)
-    return hidden
+    if isinstance(states, Tensor) and torch.is_autocast_enabled(hidden.device.type):
+        return states.to(weight.dtype)
+    return states
 
 
 def _rows(hidden: Tensor) -> Tensor:

@@ -40,7 +40,8 @@ def token_loss(
 ) -> tuple[Tensor, Tensor]:
     """loss [T] fp32, dhidden [T, D] (empty without gradient); both 0 where ``keep`` [T] is False.
 
-    ``backend`` is a resolved name, never "auto". See ``Problem`` for the rest.
+    targets and keep: T entries in any shape. ``backend`` is a resolved name, never "auto". See
+    ``Problem`` for the rest.
     """
     if targets is not None:
         ignored = None if keep is None else ~keep
@@ -49,7 +50,7 @@ def token_loss(
         hidden,
         weight,
         bias,
-        targets,
+        None if targets is None else targets.flatten().long(),
         label_smoothing,
         teacher,
         teacher_weight,
@@ -60,9 +61,10 @@ def token_loss(
         with_grad,
         workspace_mib,
     )
-    if keep is not None and keep.all():
-        keep = None
-    loss, dhidden = ENGINES[backend](problem if keep is None else problem.tokens(keep))
+    keep = None if keep is None or keep.all() else keep.flatten()
+    # what the caller wants in a lower precision has been cast already; these products stay fp32
+    with torch.autocast(hidden.device.type, enabled=False):
+        loss, dhidden = ENGINES[backend](problem if keep is None else problem.tokens(keep))
     dhidden = dhidden.to(_gradient_dtype(hidden))
     if keep is None:
         return loss, dhidden

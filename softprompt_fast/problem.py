@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from .logit_transform import LogitTransform
@@ -46,4 +47,15 @@ class Problem(NamedTuple):
             hidden=self.hidden[keep],
             targets=None if self.targets is None else self.targets[keep],
             teacher=None if self.teacher is None else self.teacher[keep],
+        )
+
+    def padded_to_multiple(self, multiple: int) -> Problem:
+        """With tokens of zeros at the end."""
+        more = -len(self.hidden) % multiple
+        if not more:
+            return self
+        return self._replace(
+            hidden=F.pad(self.hidden, (0, 0, 0, more)),
+            targets=None if self.targets is None else F.pad(self.targets, (0, more)),
+            teacher=None if self.teacher is None else F.pad(self.teacher, (0, 0, 0, more)),
         )

@@ -47,7 +47,7 @@ def linear_nll(
     z = logits(hidden, weight, **head)
     checks.labels_in_range("targets", targets, targets == ignore_index, z.shape[-1])
     token_loss = F.cross_entropy(
-        z.flatten(0, -2),
+        z.reshape(-1, z.shape[-1]),
         targets.flatten().long(),
         ignore_index=ignore_index,
         reduction="none",
@@ -76,6 +76,9 @@ def linear_kl(
     with torch.no_grad():
         own_head = (weight, bias) if teacher_weight is None else (teacher_weight, teacher_bias)
         log_p = logits(teacher, own_head[0], bias=own_head[1], **head).log_softmax(-1)
+    # an entry that neither can give has no part in it
+    absent = log_p.isneginf() & log_q.isneginf()
+    log_p, log_q = log_p.masked_fill(absent, 0.0), log_q.masked_fill(absent, 0.0)
     if beta == 0.0:
         token_loss = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
     elif beta == 1.0:

@@ -7,7 +7,6 @@ other languages have these names and shapes.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .divergences import divergence
@@ -22,16 +21,17 @@ def sparse_target_rows(z: Tensor, targets: Tensor, label_smoothing: float) -> tu
     """
     smoothing, uniform = label_smoothing, label_smoothing / z.shape[-1]
     target = targets.unsqueeze(-1)
-    z_target = z.gather(-1, target)
-    others = z.scatter(-1, target, -torch.inf).logsumexp(-1, keepdim=True)
+    # one number a row, in double: fp32 functions may round another way where rows are few
+    z_target = z.gather(-1, target).double()
+    others = z.scatter(-1, target, -torch.inf).logsumexp(-1, keepdim=True).double()
     lse = torch.logaddexp(others, z_target)
-    odds = others - z_target
-    loss = (1 - smoothing) * F.softplus(odds, threshold=torch.inf).squeeze(-1)
+    odds = others - z_target + (lse - lse)  # NaN where the row has no finite normaliser
+    loss = (1 - smoothing) * torch.logaddexp(odds, torch.zeros_like(odds))
     if smoothing:
-        loss += smoothing * (lse - z.mean(-1, keepdim=True)).squeeze(-1)
-    dz = (z - lse).exp_()
-    dz.scatter_(-1, target, smoothing - odds.sigmoid())
-    return loss, dz.sub_(uniform) if uniform else dz
+        loss += smoothing * (lse - z.mean(-1, keepdim=True))
+    dz = (z - lse.float()).exp_()
+    dz.scatter_(-1, target, (smoothing - odds.sigmoid()).float())
+    return loss.squeeze(-1).float(), dz.sub_(uniform) if uniform else dz
 
 
 def divergence_rows(z: Tensor, z_teacher: Tensor, beta: float) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ class Layout {
   };
   float *hidden[2], *stored[2], *dh;
   Softmax softmax[2];
+  Peak peak;
   float *value, *slope, *z_target, *missing, *nll;  // missing: 1 - q_target
   Rows rows;
   int64_t size;
@@ -36,7 +37,8 @@ class Layout {
     dh = at.take(p.dhidden ? SEGMENTS * n * round_up(p.heads[0].D, TILE) : 0);
     value = at.take(SEGMENTS * n), slope = at.take(SEGMENTS * n);
     z_target = at.take(n), missing = at.take(n), nll = at.take(n);
-    rows = {at.take(n), at.take(n), at.take(n)};
+    peak = {at.take(SEGMENTS * n), at.take(SEGMENTS * n)};
+    rows = {{at.take(n), at.take(n)}, {at.take(n), at.take(n)}, {at.take(n), at.take(n)}, at.take(n)};
     scratch_base = at.next;
     scratch_size = 0;
     scratch(0, &scratch_size);
@@ -142,6 +144,7 @@ class Chunk {
       });
     }
     for (int s = 0; s < p.streams; s++) at.softmax[s].clear(SEGMENTS * p.rows);
+    at.peak.clear(SEGMENTS * p.rows);
     std::fill_n(at.value, SEGMENTS * p.rows, 0.0f);
     std::fill_n(at.slope, SEGMENTS * p.rows, 0.0f);
     if (p.dhidden) std::fill_n(at.dh, SEGMENTS * p.rows * round_up(p.heads[0].D, TILE), 0.0f);
@@ -215,23 +218,26 @@ class Chunk {
     }
   }
 
-  Rows rows(int64_t panel) const {
-    return {at.rows.lse_q + panel * PANEL, at.rows.lse_p + panel * PANEL, at.rows.slope_sum + panel * PANEL};
-  }
+  Rows rows(int64_t panel) const { return at.rows.from(panel * PANEL); }
 
   // Sweep 1. The target is left out of the sum, so that 1 - q_target never has to be a difference.
   template <int NV>
   void statistics(int64_t segment, const Block& block, int64_t panel, const Layout::Scratch& scratch) const {
+    const int64_t first = segment * p.rows + panel * PANEL;
+    float* z[2] = {};
     for (int s = 0; s < p.streams; s++) {
-      float* z = p.stored ? stored_tile(s, NV * LANES, block, panel) : scratch.z[s];
-      logits<NV>(s, block, panel, z);
-      const Softmax sums = at.softmax[s].from(segment * p.rows + panel * PANEL);
-      if (s == 0 && p.label_smoothing) sums.add_total<NV>(z, block.n);
-      if (s == 0)
-        targets<NV>(block, panel, [&](int64_t row, int64_t i) { at.z_target[row] = z[i], z[i] = -INF; });
-      sums.add<NV>(z, block.n);
-      if (s == 0) targets<NV>(block, panel, [&](int64_t row, int64_t i) { z[i] = at.z_target[row]; });
+      z[s] = p.stored ? stored_tile(s, NV * LANES, block, panel) : scratch.z[s];
+      logits<NV>(s, block, panel, z[s]);
     }
+    if (p.streams == 2) {
+      at.softmax[1].from(first).add<NV>(z[1], block.n);
+      if (p.beta != 0.0f) at.peak.from(first).add<NV>(z[0], z[1], block.n);
+    }
+    const Softmax student = at.softmax[0].from(first);
+    if (p.label_smoothing) student.add_total<NV>(z[0], block.n);
+    targets<NV>(block, panel, [&](int64_t row, int64_t i) { at.z_target[row] = z[0][i], z[0][i] = -INF; });
+    student.add<NV>(z[0], block.n);
+    targets<NV>(block, panel, [&](int64_t row, int64_t i) { z[0][i] = at.z_target[row]; });
   }
 
   // Sweep 2.
@@ -240,7 +246,7 @@ class Chunk {
     const float *z = again<NV>(0, block, panel, scratch), *z_teacher = again<NV>(1, block, panel, scratch);
     const int64_t first = segment * p.rows + panel * PANEL;
     with_divergence([&](auto divergence) {
-      divergence_sums<NV, divergence()>(z, z_teacher, block.n, rows(panel), p.beta, at.value + first,
+      divergence_sums<NV, decltype(divergence)>(z, z_teacher, block.n, rows(panel), p.beta, at.value + first,
                                         at.slope + first);
     });
   }
@@ -262,9 +268,9 @@ class Chunk {
       const float* z_teacher = again<NV>(1, block, panel, scratch);
       with_divergence([&](auto divergence) {
         if (!measured_early)
-          divergence_sums<NV, divergence()>(z, z_teacher, block.n, rows(panel), p.beta,
+          divergence_sums<NV, decltype(divergence)>(z, z_teacher, block.n, rows(panel), p.beta,
                                             at.value + first, at.slope + first);
-        divergence_gradient<NV, divergence()>(z, z_teacher, block.n, rows(panel), p.beta, p.alpha,
+        divergence_gradient<NV, decltype(divergence)>(z, z_teacher, block.n, rows(panel), p.beta, p.alpha,
                                               p.targets, dz);
       });
     }
@@ -274,20 +280,29 @@ class Chunk {
 
   template <class Body>
   void with_divergence(const Body& body) const {
-    if (p.beta == 0.0f) return body(std::integral_constant<Divergence, forward_kl>());
-    if (p.beta == 1.0f) return body(std::integral_constant<Divergence, reverse_kl>());
-    return body(std::integral_constant<Divergence, jensen_shannon>());
+    if (p.beta == 0.0f) return body(ForwardKL());
+    if (p.beta == 1.0f) return body(ReverseKL());
+    return body(JensenShannon());
   }
 
   int64_t gradient_offset(int64_t segment, int64_t panel) const {
     return (segment * p.rows + panel * PANEL) * round_up(p.heads[0].D, TILE);
   }
 
-  // logsumexp over the segments, in double; -inf where the row has nothing but -inf.
-  double logsumexp(const Softmax& sums, int64_t row) const {
+  float largest(const Softmax& sums, int64_t row) const {
     float top = -INF;
     for (int64_t s = 0; s < SEGMENTS; s++) top = std::max(top, sums.top[s * p.rows + row]);
-    if (top == -INF) top = 0.0f;
+    return top;
+  }
+
+  static void normalise(const Normaliser& rows, int64_t row, float top, double lse) {
+    rows.top[row] = top;
+    rows.log_sum[row] = float(lse - top);
+  }
+
+  // logsumexp over the segments, in double; -inf where the row has nothing but -inf.
+  double logsumexp(const Softmax& sums, int64_t row) const {
+    const float largest_z = largest(sums, row), top = largest_z == -INF ? 0.0f : largest_z;
     double sum = 0.0;
     for (int64_t s = 0; s < SEGMENTS; s++)
       sum += sums.sum[s * p.rows + row] * std::exp(double(sums.top[s * p.rows + row]) - top);
@@ -303,20 +318,34 @@ class Chunk {
   void finish_softmax() const {
     for (int64_t row = 0; row < panels * PANEL; row++) {
       double lse = logsumexp(at.softmax[0], row);
+      float top = largest(at.softmax[0], row);
       if (p.targets && row < count) {
-        const double odds = lse - at.z_target[row];  // of all others against the target, as a logarithm
+        const double z = at.z_target[row], others = lse;
+        top = std::max(top, at.z_target[row]);
+        lse = others > z ? others + std::log1p(std::exp(z - others)) : z + std::log1p(std::exp(others - z));
+        // of all others against the target; NaN where the row has no finite normaliser
+        const double odds = others - z + (lse - lse);
         const double nll = odds > 0 ? odds + std::log1p(std::exp(-odds)) : std::log1p(std::exp(odds));
-        lse = odds == -INFINITY ? at.z_target[row] : at.z_target[row] == -INF ? lse : at.z_target[row] + nll;
         at.missing[row] = float(1.0 / (1.0 + std::exp(-odds)));
         double loss = (1.0 - p.label_smoothing) * nll;
         if (p.label_smoothing)
           loss += p.label_smoothing * (lse - over_segments(at.softmax[0].total, row) / p.V);
         at.nll[row] = float(loss);
       }
-      at.rows.lse_q[row] = float(lse);
-      if (p.streams == 2) at.rows.lse_p[row] = float(logsumexp(at.softmax[1], row));
+      normalise(at.rows.q, row, top, lse);
+      if (p.streams == 2)
+        normalise(at.rows.p, row, largest(at.softmax[1], row), logsumexp(at.softmax[1], row));
+      find_peak(row);
       at.rows.slope_sum[row] = 0.0f;  // forward KL's slopes sum to zero; the others' follow
     }
+  }
+
+  void find_peak(int64_t row) const {
+    int64_t best = row;
+    for (int64_t s = 1; s < SEGMENTS; s++)
+      if (at.peak.z[s * p.rows + row] > at.peak.z[best]) best = s * p.rows + row;
+    at.rows.peak.z[row] = at.peak.z[best];
+    at.rows.peak.z_teacher[row] = at.peak.z_teacher[best];
   }
 
   void finish_slopes() const {

@@ -3,6 +3,9 @@
 #include <cmath>
 #include <type_traits>
 #include <vector>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #include "problem.h"
 

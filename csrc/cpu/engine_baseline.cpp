@@ -3,6 +3,9 @@
 #include <cmath>
 #include <type_traits>
 #include <vector>
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#endif
 
 #include "problem.h"
 

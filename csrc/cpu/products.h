@@ -56,7 +56,7 @@ SPF_INLINE void register_tile(const float* a, int64_t lda, int64_t step, const f
     for (int i = 0; i < M; i++) {
       vf factor = broadcast(a[i * lda + k * step]);
 #pragma GCC unroll 8
-      for (int j = 0; j < NV; j++) sum[i][j] += factor * column[j];
+      for (int j = 0; j < NV; j++) sum[i][j] = fma(factor, column[j], sum[i][j]);
     }
   }
 #pragma GCC unroll 8
