@@ -1,0 +1,65 @@
+"""What can run here is said with its reason, and what was asked for is what runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import softprompt_fast as spf
+from softprompt_fast import backends
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def test_both_cpu_backends_are_usable():
+    available = backends.available()
+    assert available["torch"] is None
+    assert available["cpp"] is None, "the compiled extension is part of what is tested"
+
+
+def test_every_other_backend_says_why_not():
+    available = backends.available()
+    assert list(available) == ["torch", "cpp", "triton", "cuda"]
+    for name in ("triton", "cuda"):
+        assert isinstance(available[name], str)
+        assert available[name]
+
+
+def test_build_info_describes_the_extension():
+    info = backends.build_info()
+    assert info
+    assert all(isinstance(value, str) and value for value in info.values())
+
+
+def test_auto_takes_the_fastest_for_the_device():
+    assert backends.resolve("auto", CPU) == "cpp"
+    assert backends.resolve("auto", CUDA) == "torch"
+    assert backends.resolve("auto", torch.device("meta")) == "torch"
+
+
+def test_a_named_backend_is_that_backend():
+    assert backends.resolve("torch", CPU) == "torch"
+    assert backends.resolve("torch", CUDA) == "torch"
+    assert backends.resolve("cpp", CPU) == "cpp"
+
+
+def test_without_the_extension_auto_falls_back_and_a_named_cpp_does_not(monkeypatch):
+    monkeypatch.setattr(backends, "_cpp_problem", "the compiled extension is missing (no compiler)")
+    assert backends.resolve("auto", CPU) == "torch"
+    with pytest.raises(RuntimeError, match=r"'cpp' cannot be used: .* missing \(no compiler\)"):
+        backends.resolve("cpp", CPU)
+
+
+def test_a_backend_that_cannot_run_is_refused_with_the_reason():
+    with pytest.raises(RuntimeError, match=r"'triton' cannot be used: .*version"):
+        backends.resolve("triton", CPU)
+    with pytest.raises(RuntimeError, match="'cpp' runs on the CPU only: the tensors are on cuda"):
+        backends.resolve("cpp", CUDA)
+
+
+def test_an_unknown_backend_lists_the_valid_ones():
+    with pytest.raises(ValueError, match="auto, torch, cpp, triton, cuda: got 'fast'"):
+        backends.resolve("fast", CPU)
+    hidden, weight = torch.zeros(2, 3), torch.zeros(5, 3)
+    with pytest.raises(ValueError, match=r"backend must be auto, torch.*got 'fast'"):
+        spf.linear_kl(hidden, weight, hidden, backend="fast")

@@ -1,0 +1,443 @@
+"""What is wrong with an input is said by name, value and remedy; what is merely odd works."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from contract import (
+    IGNORED,
+    LOSSES,
+    Case,
+    check,
+    each_backend,
+    each_dtype,
+    each_loss,
+    make_case,
+    run,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import softprompt_fast as spf
+
+
+def call(case: Case, **options) -> torch.Tensor:
+    return getattr(spf, case.loss)(case.hidden, *case.tensors, **{**case.options, **options})
+
+
+def refuses(error, text, case: Case, **options):
+    """``text`` is a regular expression."""
+    with pytest.raises(error, match=text):
+        call(case, **options)
+
+
+def replaced(case: Case, position: int, value) -> Case:
+    """The case with another of ``tensors``: 0 is the weight, then targets or teacher."""
+    tensors = list(case.tensors)
+    tensors[position] = value
+    return Case(loss=case.loss, hidden=case.hidden, tensors=tuple(tensors), options=case.options)
+
+
+# --- labels ---
+
+
+@each_backend
+@pytest.mark.parametrize("loss", ["linear_nll", "linear_distill"])
+@pytest.mark.parametrize("label", [131, 10**12, -1, -101])
+def test_a_label_outside_the_vocabulary_is_named(backend, loss, label):
+    case = make_case(loss, vocabulary=131)
+    case.targets[4] = label
+    case.targets[7] = IGNORED
+    text = rf"targets\[4\] is {label}: a token id must be in \[0, 131\) or equal ignore_index"
+    refuses(IndexError, text, case, backend=backend)
+
+
+def test_the_position_of_a_label_is_the_callers():
+    case = make_case("linear_nll", shape=(2, 5))
+    case.targets[1, 2] = 131
+    refuses(IndexError, r"targets\[\(?1, 2\)?\] is 131", case)
+
+
+@each_backend
+def test_ignore_index_may_lie_in_the_vocabulary(backend):
+    case = make_case("linear_nll", ignore_index=3)
+    case.targets[[0, 5]] = 3
+    case.targets[2] = -100
+    refuses(IndexError, r"targets\[2\] is -100", case, backend=backend)
+    case.targets[2] = 7
+    check(case, *run(case, backend=backend))
+
+
+@each_backend
+@each_loss
+def test_int32_labels_are_fine(backend, loss):
+    case = make_case(loss, ignored=0.3)
+    expected = call(case, backend=backend)
+    if loss == "linear_kl":
+        case.options["labels"] = case.options["labels"].int()
+    else:
+        case = replaced(case, 1, case.targets.int())
+    assert torch.equal(call(case, backend=backend), expected)
+
+
+@pytest.mark.parametrize("labels", [torch.zeros(9), torch.zeros(9, dtype=torch.int16), [0] * 9])
+def test_labels_of_another_type(labels):
+    got = re.escape(str(getattr(labels, "dtype", "list")))
+    nll, kl = make_case("linear_nll"), make_case("linear_kl")
+    refuses(TypeError, f"targets must be an int64 or int32.*{got}", replaced(nll, 1, labels))
+    refuses(TypeError, f"labels must be an int64 or int32.*{got}", kl, labels=labels)
+
+
+@pytest.mark.parametrize("shape", [(), (8,), (9, 1), (3, 3)], ids=str)
+def test_labels_and_token_weights_of_another_shape(shape):
+    labels, got = torch.zeros(shape, dtype=torch.long), re.escape(str(shape))
+    nll, kl = make_case("linear_nll"), make_case("linear_kl")
+    text = rf"must have one entry per token, shape \(9,\): got {got}"
+    refuses(ValueError, f"targets {text}", replaced(nll, 1, labels))
+    refuses(ValueError, f"labels {text}", kl, labels=labels)
+    refuses(ValueError, f"token_weight {text}", nll, token_weight=labels.float())
+
+
+def test_token_weights_are_constant_floats():
+    case = make_case("linear_nll")
+    refuses(TypeError, "token_weight must be .*int64", case, token_weight=torch.ones(9).long())
+    weight = torch.ones(9, requires_grad=True)
+    refuses(
+        ValueError, "token_weight must be constant: got requires_grad", case, token_weight=weight
+    )
+
+
+# --- shapes and dtypes ---
+
+
+@each_backend
+@each_loss
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("shape", [(0,), (2, 0)], ids=str)
+def test_no_tokens_at_all(backend, loss, reduction, shape):
+    case = make_case(loss, shape=shape, bias=True)
+    value, gradient = run(case, backend=backend, reduction=reduction)
+    assert value.shape == (shape if reduction == "none" else ())
+    assert (value == 0).all()
+    assert gradient.shape == case.hidden.shape
+
+
+@each_loss
+def test_a_head_of_another_width(loss):
+    case = make_case(loss, width=24)
+    head = torch.zeros(131, 25)
+    text = r"hidden and weight disagree on the hidden width D: \(9, 24\) against \(131, 25\)"
+    refuses(ValueError, text, replaced(case, 0, head))
+
+
+def test_heads_that_are_no_matrix_or_empty():
+    case = make_case("linear_nll")
+    refuses(
+        ValueError,
+        r"weight must have shape \[V, D\]: got \(24,\)",
+        replaced(case, 0, torch.ones(24)),
+    )
+    empty = replaced(case, 0, torch.ones(0, 24))
+    refuses(ValueError, r"weight has an empty vocabulary: shape \(0, 24\)", empty)
+    text = r"bias must have shape \[V\] = \[131\] like weight: got \(130,\)"
+    refuses(ValueError, text, case, bias=torch.zeros(130))
+    case.hidden = torch.tensor(1.0)
+    refuses(ValueError, r"hidden must have shape \[\.\.\., D\]|one entry per token", case)
+
+
+def test_teachers_that_do_not_fit():
+    case = make_case("linear_kl")
+    other = replaced(case, 1, torch.zeros(8, 24))
+    text = r"teacher and hidden disagree on tokens: \(8, 24\) against \(9, 24\)"
+    refuses(ValueError, text, other)
+    text = r"teacher and weight disagree on the hidden width D: \(9, 25\) against \(131, 24\)"
+    refuses(ValueError, text, replaced(case, 1, torch.zeros(9, 25)))
+    text = r"teacher and teacher_weight disagree .*: \(9, 24\) against \(131, 30\)"
+    refuses(ValueError, text, case, teacher_weight=torch.zeros(131, 30))
+    text = "teacher_weight and weight must share one vocabulary: got 130 and 131"
+    refuses(ValueError, text, case, teacher_weight=torch.zeros(130, 24))
+    refuses(
+        ValueError, "teacher_bias .*without teacher_weight", case, teacher_bias=torch.zeros(131)
+    )
+    refuses(
+        TypeError, "teacher must be a tensor of hidden states.*: got str", replaced(case, 1, "h")
+    )
+    case.teacher.requires_grad_()
+    refuses(ValueError, "teacher must be constant: got requires_grad=True", case)
+
+
+def test_mixed_dtypes_need_autocast():
+    case = make_case("linear_kl", dtype=torch.bfloat16, bias=True)
+    text = "is torch.float32 but hidden is torch.bfloat16: cast one of them.*torch.autocast"
+    refuses(TypeError, f"weight {text}", replaced(case, 0, case.weight.float()))
+    refuses(TypeError, f"teacher {text}", replaced(case, 1, case.teacher.float()))
+    refuses(TypeError, f"bias {text}", case, bias=case.options["bias"].float())
+    refuses(TypeError, f"teacher_weight {text}", case, teacher_weight=case.weight.float())
+
+
+def test_dtypes_that_are_not_computed_here():
+    case = make_case("linear_nll").double()
+    refuses(TypeError, "hidden must be float32, bfloat16 or float16: got torch.float64", case)
+
+
+def test_mixed_devices_are_named():
+    case = make_case("linear_kl", bias=True)
+    text = "is on meta but hidden is on cpu"
+    refuses(ValueError, f"weight {text}", replaced(case, 0, case.weight.to("meta")))
+    refuses(ValueError, f"teacher {text}", replaced(case, 1, case.teacher.to("meta")))
+    refuses(ValueError, f"bias {text}", case, bias=case.options["bias"].to("meta"))
+    labels = torch.zeros(9, dtype=torch.long, device="meta")
+    refuses(ValueError, f"labels {text}", case, labels=labels)
+
+
+# --- numbers and names ---
+
+
+@each_loss
+@pytest.mark.parametrize(
+    ("option", "values", "text"),
+    [
+        ("temperature", (0.0, -1.0, float("nan"), float("inf")), "a finite number above 0"),
+        ("softcap", (0.0, -30.0, float("nan")), "None or a finite number above 0"),
+        ("logit_scale", (float("nan"), float("inf")), "finite"),
+        ("workspace_mib", (0, -1, float("nan")), "above 0 MiB"),
+        ("reduction", ("avg", "MEAN"), "one of mean, sum, none"),
+        ("backend", ("fastest",), "auto, torch, cpp, triton, cuda"),
+    ],
+)
+def test_options_out_of_range(loss, option, values, text):
+    for value in values:
+        got = re.escape(repr(value) if isinstance(value, str) else str(value))
+        refuses(
+            ValueError, f"{option} must be {text}: got {got}", make_case(loss), **{option: value}
+        )
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
+def test_fractions_out_of_range(value):
+    for loss, options in {
+        "linear_nll": ["label_smoothing"],
+        "linear_kl": ["beta"],
+        "linear_distill": ["label_smoothing", "beta", "alpha"],
+    }.items():
+        for option in options:
+            text = rf"{option} must be in \[0, 1\]: got {value}"
+            refuses(ValueError, text, make_case(loss), **{option: value})
+
+
+@each_loss
+def test_an_unknown_option_is_named(loss):
+    refuses(TypeError, "unexpected keyword argument 'temprature'", make_case(loss), temprature=2.0)
+
+
+def test_a_backend_that_cannot_run_says_why():
+    refuses(
+        RuntimeError,
+        "backend 'triton' cannot be used: .+",
+        make_case("linear_nll"),
+        backend="triton",
+    )
+
+
+def test_linear_cross_entropy_refuses_what_only_pytorchs_takes():
+    case = make_case("linear_nll")
+    arguments = (case.hidden, case.weight)
+    with pytest.raises(TypeError, match="target must hold class indices: got class probabilities"):
+        spf.linear_cross_entropy(*arguments, torch.rand(9, 131))
+    with pytest.raises(ValueError, match=r"options must be None.*workspace_mib"):
+        spf.linear_cross_entropy(*arguments, case.targets, options={"chunk": 1})
+    weight = torch.rand(131)
+    with pytest.raises(ValueError, match="weight and label_smoothing cannot be combined"):
+        spf.linear_cross_entropy(*arguments, case.targets, weight=weight, label_smoothing=0.1)
+    with pytest.raises(
+        ValueError, match=r"weight must have one entry per class, \[131\].*\(130,\)"
+    ):
+        spf.linear_cross_entropy(*arguments, case.targets, weight=weight[1:])
+
+
+# --- autograd ---
+
+
+@each_loss
+def test_a_head_that_trains_is_refused(loss):
+    case = make_case(loss, bias=True, teacher_width=24 if loss != "linear_nll" else None)
+    text = r"must be frozen: got requires_grad=True, shape \(131.*requires_grad_\(False\)"
+    for name in ("bias", "teacher_weight", "teacher_bias"):
+        if name in case.options:
+            trained = case.options[name].clone().requires_grad_()
+            refuses(ValueError, f"{name} {text}", case, **{name: trained})
+    case.weight.requires_grad_()
+    refuses(ValueError, f"weight {text}", case)
+
+
+@each_backend
+@each_loss
+@each_dtype
+def test_inputs_are_never_mutated_and_the_head_gets_no_gradient(backend, loss, dtype):
+    own = None if loss == "linear_nll" else 24
+    case = make_case(loss, dtype=dtype, bias=True, weighted=True, ignored=0.3, teacher_width=own)
+    tensors = [case.hidden, *case.tensors, *case.options.values()]
+    tensors = [value for value in tensors if isinstance(value, torch.Tensor)]
+    copies, versions = [value.clone() for value in tensors], [value._version for value in tensors]
+    case.hidden.requires_grad_()
+    call(case, backend=backend).backward()
+    assert [value._version for value in tensors] == versions
+    for value, copy in zip(tensors, copies, strict=True):
+        assert torch.equal(value, copy)
+    assert case.hidden.grad is not None
+    assert all(value.grad is None for value in tensors[1:])
+
+
+@each_backend
+@each_loss
+def test_the_graph_may_be_used_twice(backend, loss):
+    case = make_case(loss)
+    hidden = case.hidden.requires_grad_()
+    loss_ = call(case, backend=backend)
+    loss_.backward(retain_graph=True)
+    once = hidden.grad.clone()
+    loss_.backward()
+    assert torch.equal(hidden.grad, 2 * once)
+    assert once.abs().sum() > 0
+
+
+@each_backend
+@each_loss
+def test_a_non_uniform_upstream_gradient_is_each_tokens_own(backend, loss):
+    case = make_case(loss, reduction="none")
+    hidden = case.hidden.requires_grad_()
+    token_loss = call(case, backend=backend)
+    (uniform,) = torch.autograd.grad(token_loss.sum(), hidden, retain_graph=True)
+    upstream = torch.tensor([0.0, 1.0, -2.0, 1e-20, 1e20, 0.5, 3.0, 0.1, -0.0])
+    (gradient,) = torch.autograd.grad(token_loss, hidden, upstream)
+    assert torch.equal(gradient, uniform * upstream[:, None])
+
+
+@each_backend
+@each_loss
+def test_accumulation_by_the_global_token_count(backend, loss):
+    """Micro-batches summed and divided by all tokens that count are the one big batch."""
+    case = make_case(loss, shape=(30,), ignored=0.3)
+    expected = run(case.with_options(), backend=backend)[1] / case.upstream
+    count = (case.targets != IGNORED).sum()
+    parts = []
+    for rows in (slice(0, 4), slice(4, 21), slice(21, 30)):
+        case.upstream = torch.ones(30)
+        part = case.rows(rows)
+        part.upstream = 1 / count
+        parts.append(run(part, backend=backend, reduction="sum")[1])
+    torch.testing.assert_close(torch.cat(parts), expected)
+
+
+@each_backend
+@each_loss
+def test_a_second_derivative_is_refused(backend, loss):
+    case = make_case(loss)
+    hidden = case.hidden.requires_grad_()
+    (gradient,) = torch.autograd.grad(call(case, backend=backend), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"no second derivative.*softprompt_fast.reference"):
+        torch.autograd.grad(gradient.sum(), hidden)
+
+
+@each_backend
+@each_loss
+@pytest.mark.parametrize(
+    "mix",
+    [
+        lambda loss, hidden: loss + hidden.square().sum(),
+        lambda loss, hidden: loss * hidden.sum(),
+        lambda loss, hidden: loss.square(),
+        lambda loss, hidden: loss.exp() + hidden.sin().sum(),
+    ],
+    ids=["plus", "times", "squared", "exp"],
+)
+def test_a_second_derivative_through_another_loss_is_refused(backend, loss, mix):
+    """A gradient penalty: without the refusal the loss's own curvature would silently be 0."""
+    case = make_case(loss)
+    hidden = case.hidden.requires_grad_()
+    total = mix(call(case, backend=backend), hidden)
+    (gradient,) = torch.autograd.grad(total, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        (total + gradient.square().sum()).backward()
+
+
+class OpOutputs(TorchDispatchMode):
+    """Keeps what softprompt_fast::token_loss returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.outputs = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        if func is torch.ops.softprompt_fast.token_loss.default:
+            self.outputs.append(output)
+        return output
+
+
+@each_backend
+@each_loss
+def test_without_grad_there_is_no_gradient_work(backend, loss):
+    case = make_case(loss)
+    with OpOutputs() as seen:
+        constant = call(case, backend=backend)
+        case.hidden.requires_grad_()
+        with torch.no_grad():
+            no_grad = call(case, backend=backend)
+        with torch.inference_mode():
+            inference = call(case, backend=backend)
+        trained = call(case, backend=backend)
+    widths = [dhidden.numel() for _, dhidden in seen.outputs]
+    assert widths == [0, 0, 0, case.hidden.numel()]
+    assert not constant.requires_grad
+    assert not no_grad.requires_grad
+    assert trained.requires_grad
+    for value in (constant, no_grad, inference):
+        assert torch.equal(value, trained)
+
+
+@each_backend
+@each_loss
+def test_autocast_casts_the_hidden_states(backend, loss):
+    own = None if loss == "linear_nll" else 33
+    case = make_case(loss, dtype=torch.bfloat16, bias=True, teacher_width=own)
+    expected, expected_gradient = run(case, backend=backend)
+    case.hidden = case.hidden.float()
+    if case.teacher is not None:
+        case = Case(
+            loss=loss,
+            hidden=case.hidden,
+            tensors=(*case.tensors[:-1], case.teacher.float()),
+            options=case.options,
+            upstream=case.upstream,
+        )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss_, gradient = run(case, backend=backend)
+    assert torch.equal(loss_, expected)
+    assert gradient.dtype == torch.float32
+    assert torch.equal(gradient, expected_gradient.float())
+
+
+@each_backend
+@each_loss
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing(backend, loss, use_reentrant):
+    case = make_case(loss)
+
+    def step(hidden):
+        return getattr(spf, loss)(hidden.tanh(), *case.tensors, backend=backend)
+
+    results = []
+    for function in (step, lambda hidden: checkpoint(step, hidden, use_reentrant=use_reentrant)):
+        hidden = case.hidden.clone().requires_grad_()
+        value = function(hidden)
+        value.backward()
+        results.append((value.detach(), hidden.grad))
+    for plain, checkpointed in zip(*results, strict=True):
+        assert torch.equal(plain, checkpointed)
+
+
+def test_every_loss_is_exported():
+    assert set(LOSSES) <= set(spf.__all__)
