@@ -1,0 +1,80 @@
+"""The options of a training run: those of ``transformers.TrainingArguments`` and the objective."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from transformers import TrainingArguments
+
+Objective = Literal["nll", "kl", "mix"]
+LossImpl = Literal["fused", "reference"]
+
+
+# The base stays in evaluation mode, where transformers does not checkpoint activations; the losses
+# are this package's own. (The first two are one option, before and after transformers renamed it.)
+NOT_SUPPORTED = ("gradient_checkpointing", "activation_checkpointing", "label_smoothing_factor")
+
+
+@dataclass
+class SoftPromptTrainingArguments(TrainingArguments):
+    """``transformers.TrainingArguments`` with the objective, and defaults for soft prompts."""
+
+    objective: Objective = field(
+        default="kl",
+        metadata={
+            "help": "nll: the teacher's answer; kl: its distribution at every answer token; "
+            "mix: alpha * kl + (1 - alpha) * nll."
+        },
+    )
+    alpha: float = field(default=0.5, metadata={"help": "Weight of kl in mix, in [0, 1]."})
+    beta: float = field(
+        default=0.0,
+        metadata={"help": "0: KL(teacher || student), 1: KL(student || teacher), between: JSD."},
+    )
+    temperature: float = field(default=1.0, metadata={"help": "Logits are divided by it."})
+    loss_impl: LossImpl = field(
+        default="fused",
+        metadata={"help": "fused: never builds the logits; reference: plain PyTorch."},
+    )
+    backend: str = field(default="auto", metadata={"help": "Row kernel of the fused losses."})
+    workspace_mib: int = field(default=256, metadata={"help": "Memory of the fused losses."})
+
+    # Soft prompts need steps a hundred times longer than weights do.
+    learning_rate: float = field(default=1e-2, metadata={"help": "Peak learning rate."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule after warm-up."})
+    warmup_steps: float = field(
+        default=0.05, metadata={"help": "Steps of warm-up; below 1, a part of all steps."}
+    )
+    num_train_epochs: float = field(default=10.0, metadata={"help": "Passes over the queries."})
+    logging_steps: float = field(default=10, metadata={"help": "Steps between two log lines."})
+    save_steps: float = field(default=50, metadata={"help": "Steps between two checkpoints."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
+    # The examples are not columns, and a loss that is not finite stops the run instead.
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Not needed here."})
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("objective", get_args(Objective)),
+            ("loss_impl", get_args(LossImpl)),
+        ):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}: got {value!r}.")
+        for name in ("alpha", "beta"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} must be in [0, 1]: got {getattr(self, name)}.")
+        if not self.temperature > 0.0:
+            raise ValueError(f"temperature must be > 0: got {self.temperature}.")
+        for name in NOT_SUPPORTED:
+            if getattr(self, name, False):
+                raise ValueError(
+                    f"{name} is not supported: got {getattr(self, name)}. Leave it out."
+                )
+        super().__post_init__()
+
+    @property
+    def needs_teacher_states(self) -> bool:
+        """Whether the objective compares with the teacher's distribution."""
+        return self.objective != "nll"

@@ -1,0 +1,76 @@
+"""Files that are whole or absent: written beside their name, forced to disk, then renamed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace ``path`` by ``data``; a process killed on the way leaves the old file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_directory(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_bytes(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises ValueError naming the file if it is not one JSON object."""
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object: got {type(value).__name__}.")
+    return value
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sync_file(path: Path) -> None:
+    """Wait until the bytes of a file that another library wrote are on disk."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def sync_directory(path: Path) -> None:
+    """Wait until the names in a directory are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def refuse_pickle(path: Path) -> None:
+    """Raises ValueError if the content of ``path`` is not in the safetensors format.
+
+    Only the first bytes are read: unpickling a file runs whatever code it holds.
+    """
+    with open(path, "rb") as file:
+        head = file.read(9)
+    # A safetensors file is the length of its header (8 bytes), then the header's JSON object.
+    if head[8:9] == b"{":
+        return
+    is_pickle = head[:1] == b"\x80" or head[:4] == b"PK\x03\x04"
+    found = "a pickle (torch.save), which is never opened here" if is_pickle else "something else"
+    raise ValueError(f"{path} must be a safetensors file: its content is {found}.")

@@ -1,0 +1,149 @@
+"""The student: a frozen causal language model that sees a soft prompt in the context's place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .head import OutputHead, check_head, hidden_states, input_embedding
+from .prompting import Query, student_layout
+from .soft_prompt import SoftPrompt
+from .teacher import Answer
+
+IGNORE = -100
+
+
+@dataclass(kw_only=True, eq=False)
+class TrainingExample:
+    """A query and the answer that the student has to learn."""
+
+    query: Query
+    answer: Answer
+
+    def __post_init__(self) -> None:
+        ids, hidden = self.answer.ids, self.answer.hidden
+        if not ids or (hidden is not None and len(hidden) != len(ids)):
+            raise ValueError(
+                f"{self.query.source or 'query'}: an answer needs at least one token, and one "
+                f"hidden state for each: got {len(ids)} tokens and "
+                f"{'no' if hidden is None else len(hidden)} hidden states."
+            )
+
+
+class SoftPromptModel(nn.Module):
+    """A frozen ``base`` and a trainable ``prompt``. Only the prompt has gradients or is saved."""
+
+    # transformers.Trainer: the loss is divided by the number of labels of the whole step.
+    accepts_loss_kwargs = True
+
+    def __init__(self, base: PreTrainedModel, prompt: SoftPrompt) -> None:
+        """Freezes ``base``. Raises ValueError if ``prompt`` belongs to another model, or if the
+        model's logits are not what ``OutputHead`` makes of its hidden states."""
+        super().__init__()
+        prompt.check_base(base)
+        check_head(base)
+        self.base = base.requires_grad_(False).eval()
+        self.prompt = prompt.to(input_embedding(base).weight.device)
+
+    @property
+    def head(self) -> OutputHead:
+        """Read anew each time: moving the model replaces its tensors."""
+        return OutputHead.from_model(self.base)
+
+    def train(self, mode: bool = True) -> SoftPromptModel:
+        """The base stays in evaluation mode: its dropout would make the student another model."""
+        super().train(mode)
+        self.base.eval()
+        return self
+
+    def inputs_embeds(self, input_ids: Tensor, prompt_mask: Tensor) -> Tensor:
+        """Embeddings [B, L, D] in the base's dtype, with the prompt where ``prompt_mask`` is True.
+
+        prompt_mask: [B, L], P positions in each row.
+        """
+        embeds = input_embedding(self.base)(input_ids)
+        prompt = self.prompt.embedding.to(embeds.dtype).expand(len(input_ids), -1, -1)
+        return embeds.masked_scatter(prompt_mask.unsqueeze(-1), prompt)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        prompt_mask: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        labels: Tensor,
+    ) -> Tensor:
+        """Hidden states [T, D] at the T positions that carry a label, row by row. No logits."""
+        hidden = hidden_states(
+            self.base,
+            inputs_embeds=self.inputs_embeds(input_ids, prompt_mask),
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=False,
+        )
+        return hidden[labels != IGNORE]
+
+
+@dataclass(kw_only=True, frozen=True)
+class Collator:
+    """Training examples -> one padded batch for ``SoftPromptModel``."""
+
+    num_virtual_tokens: int
+    placement: str
+    padding_side: str = "right"
+
+    def __post_init__(self) -> None:
+        if self.padding_side not in ("left", "right"):
+            raise ValueError(f"padding_side must be left or right: got {self.padding_side!r}.")
+
+    def __call__(self, examples: Sequence[TrainingExample]) -> dict[str, Any]:
+        """input_ids, prompt_mask, attention_mask, position_ids, labels: [B, L];
+        teacher_hidden: [T, D], in the order of the labels, if it was recorded; sources: B names.
+
+        labels hold the answer's token ids at the positions that predict them, -100 elsewhere.
+        """
+        rows = [self._row(example) for example in examples]
+        batch: dict[str, Any] = {
+            name: self._pad([row[name] for row in rows], fill)
+            for name, fill in (
+                ("input_ids", 0),
+                ("prompt_mask", False),
+                ("attention_mask", 0),
+                ("position_ids", 0),
+                ("labels", IGNORE),
+            )
+        }
+        hidden = [e.answer.hidden for e in examples if e.answer.hidden is not None]
+        if len(hidden) == len(examples):
+            batch["teacher_hidden"] = torch.cat(hidden)
+        batch["sources"] = [example.query.source for example in examples]
+        return batch
+
+    def _row(self, example: TrainingExample) -> dict[str, Tensor]:
+        before, after = student_layout(example.query, self.placement)
+        answer = example.answer.ids
+        P = self.num_virtual_tokens
+        # The last token of the answer predicts nothing that is asked for.
+        ids = before + [0] * P + after + answer[:-1]
+        length = len(ids)
+        labels = torch.full((length,), IGNORE)
+        labels[length - len(answer) :] = torch.tensor(answer)
+        prompt_mask = torch.zeros(length, dtype=torch.bool)
+        prompt_mask[len(before) : len(before) + P] = True
+        return {
+            "input_ids": torch.tensor(ids),
+            "prompt_mask": prompt_mask,
+            "attention_mask": torch.ones(length, dtype=torch.long),
+            "position_ids": torch.arange(length),
+            "labels": labels,
+        }
+
+    def _pad(self, rows: list[Tensor], fill: int | bool) -> Tensor:
+        return nn.utils.rnn.pad_sequence(
+            rows, batch_first=True, padding_value=fill, padding_side=self.padding_side
+        )

@@ -1,0 +1,79 @@
+"""Keys and values of a token prefix that many queries share: read once, lent to each batch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from .head import decoder
+
+# Layers that hold nothing but keys and values, and replace them by longer tensors when they grow.
+VIEWABLE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
+
+
+@dataclass(kw_only=True, frozen=True, eq=False)
+class Prefix:
+    """The tokens that a group of queries shares, with their keys and values."""
+
+    ids: Tensor
+    """[1, S]."""
+
+    cache: DynamicCache | None
+    """Never written to: ``cache_for`` hands out copies. None where S = 0, and where the model
+    keeps more than keys and values (a recurrent state): then each batch reads the prefix anew."""
+
+    @property
+    def length(self) -> int:
+        return self.ids.shape[1]
+
+    @classmethod
+    def read(cls, model: PreTrainedModel, ids: Sequence[int]) -> Prefix:
+        tensor = torch.tensor([list(ids)], dtype=torch.long, device=model.device)
+        if not ids:
+            return cls(ids=tensor, cache=None)
+        cache = decoder(model)(input_ids=tensor, use_cache=True).past_key_values
+        is_viewable = type(cache) is DynamicCache and all(
+            type(layer) in VIEWABLE_LAYERS for layer in cache.layers
+        )
+        return cls(ids=tensor, cache=cache if is_viewable else None)
+
+    def cache_for(self, batch_size: int) -> DynamicCache | None:
+        """The cache for a batch, which may grow without changing this one.
+
+        Its layers only ever replace their keys and values by longer tensors, so the copy starts as
+        a view of this one's memory, ``batch_size`` times.
+        """
+        if self.cache is None:
+            return None
+        cache = copy.copy(self.cache)
+        layers: list[Any] = [copy.copy(layer) for layer in self.cache.layers]
+        cache.layers = layers
+        for layer in layers:
+            if layer.is_initialized:
+                layer.keys = layer.keys.expand(batch_size, -1, -1, -1)
+                layer.values = layer.values.expand(batch_size, -1, -1, -1)
+        return cache
+
+    def allows_gap(self, num_more: int) -> bool:
+        """Whether ``num_more`` tokens may follow with masked padding between prefix and query.
+
+        Full attention ignores masked slots. A sliding window counts them, unless nothing ever
+        leaves it; a recurrent state is changed by them.
+        """
+        if self.cache is None:
+            return self.length == 0
+        return all(
+            type(layer) is DynamicLayer
+            or (
+                type(layer) is DynamicSlidingWindowLayer
+                and self.length + num_more < layer.sliding_window
+            )
+            for layer in self.cache.layers
+        )

@@ -1,0 +1,152 @@
+"""Where the context and the soft prompt sit among the tokens of a query.
+
+A query is rendered once, by the model's chat template, with a slot where the context goes:
+
+    teacher              before + context + after
+    student, "system"    before +  sigma  + after
+    student, "prefix"    sigma + plain            (PEFT's layout)
+
+``sigma`` stands for the P virtual tokens, ``plain`` for the query rendered without a context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from jinja2.exceptions import TemplateError
+
+Placement = Literal["system", "prefix"]
+PLACEMENTS: tuple[str, ...] = get_args(Placement)
+
+# Stands in for the context while a template is rendered: plain letters, which none changes.
+SLOT = "SoftPromptFastContextSlot"
+
+
+@dataclass(kw_only=True, frozen=True)
+class Query:
+    """One tokenised query. All ids are lists of int."""
+
+    before: list[int]
+    """The opening of the template, up to the slot."""
+
+    context: list[int]
+    """The context's own tokens."""
+
+    after: list[int]
+    """From the end of the slot to the generation prompt; never empty."""
+
+    plain: list[int] = field(repr=False)
+    """The same query rendered with no context at all."""
+
+    source: str = ""
+    """Where the query comes from ("file:line"), for error messages."""
+
+
+def tokenize_query(
+    tokenizer: Any, messages: Sequence[dict[str, str]], context: str, *, source: str = ""
+) -> Query:
+    """Tokenise the messages of one query around a slot for ``context``.
+
+    The slot is the system message; a system message of the data's own follows it. A template
+    without a system role gets the slot at the start of the first user message; a tokenizer without
+    a chat template gets ``bos + context + "\\n\\n" + prompt + "\\n"``. White space around the
+    context is dropped.
+
+    Raises ValueError if the template shows the slot not exactly once, or as its very end.
+    """
+    messages = list(messages)
+    if getattr(tokenizer, "chat_template", None):
+        before, after, plain = _render_chat(tokenizer, messages, source)
+    else:
+        prompt = "\n".join(message["content"] for message in messages)
+        bos = tokenizer.bos_token or ""
+        before, after, plain = bos, f"\n\n{prompt}\n", f"{bos}{prompt}\n"
+    return Query(
+        before=_ids(tokenizer, before),
+        context=_ids(tokenizer, context.strip()),
+        after=_ids(tokenizer, after),
+        plain=_ids(tokenizer, plain),
+        source=source,
+    )
+
+
+def tokenize_answer(tokenizer: Any, completion: str) -> list[int]:
+    """Token ids of an answer that the data gives, closed by the end-of-sequence token."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return _ids(tokenizer, completion) + end
+
+
+def teacher_ids(query: Query) -> list[int]:
+    return query.before + query.context + query.after
+
+
+def cut_ids(query: Query, num_tokens: int) -> list[int]:
+    """The teacher's tokens with the context cut to its first ``num_tokens``."""
+    return query.before + query.context[:num_tokens] + query.after
+
+
+def student_layout(query: Query, placement: str) -> tuple[list[int], list[int]]:
+    """The ids before and after the virtual tokens."""
+    if placement == "system":
+        return query.before, query.after
+    if placement == "prefix":
+        return [], query.plain
+    raise ValueError(f"placement must be one of {', '.join(PLACEMENTS)}: got {placement!r}.")
+
+
+def _render_chat(
+    tokenizer: Any, messages: list[dict[str, str]], source: str
+) -> tuple[str, str, str]:
+    """The texts before and after the slot, and the text without one."""
+    with_slot = _render(tokenizer, _slot_in_system(messages))
+    if with_slot is None or SLOT not in with_slot:
+        with_slot = _render(tokenizer, _slot_in_first_user(messages))
+        messages = _without_system_role(messages)
+    plain = _render(tokenizer, messages)
+    if with_slot is None or plain is None or with_slot.count(SLOT) != 1:
+        raise ValueError(
+            f"{source or 'query'}: the chat template cannot place a context before these messages "
+            f"(roles: {', '.join(message['role'] for message in messages)}). "
+            "It must accept them, and show a system or a first user message exactly once."
+        )
+    before, after = with_slot.split(SLOT)
+    if not after:
+        raise ValueError(
+            f"{source or 'query'}: the chat template ends with the context. "
+            "Something must follow it, so that the answer has a position that predicts it."
+        )
+    return before, after, plain
+
+
+def _render(tokenizer: Any, messages: list[dict[str, str]]) -> str | None:
+    """The rendered chat, or None where the template refuses the messages."""
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except TemplateError:
+        return None
+
+
+def _slot_in_system(messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    if messages[0]["role"] == "system":
+        own = messages[0]["content"]
+        return [{"role": "system", "content": f"{SLOT}\n\n{own}"}, *messages[1:]]
+    return [{"role": "system", "content": SLOT}, *messages]
+
+
+def _slot_in_first_user(messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    first, *rest = _without_system_role(messages)
+    return [{**first, "content": f"{SLOT}\n\n{first['content']}"}, *rest]
+
+
+def _without_system_role(messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    """For a template with no system role: the first user message opens with the system message."""
+    if messages[0]["role"] != "system" or len(messages) == 1:
+        return messages
+    system, user, *rest = messages
+    return [{**user, "content": f"{system['content']}\n\n{user['content']}"}, *rest]
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -1,0 +1,227 @@
+"""The trainable virtual tokens, and their form on disk: a PEFT prompt-tuning adapter.
+
+adapter_model.safetensors   {"prompt_embeddings": [P, D]}, fp32
+adapter_config.json         what ``peft.PeftModel.from_pretrained`` reads
+soft_prompt.json            our own facts: placement, initialisation, the base model
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .files import read_json, refuse_pickle, write_bytes, write_json
+from .head import input_embedding
+from .prompting import PLACEMENTS, Placement
+
+PromptInit = Literal["context", "text", "vocab", "random"]
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+PEFT_FILE = "adapter_config.json"
+FACTS_FILE = "soft_prompt.json"
+FORMAT_VERSION = 1
+
+
+@dataclass(kw_only=True)
+class SoftPromptConfig:
+    """How many virtual tokens, what they start as, and where they stand."""
+
+    num_virtual_tokens: int = field(default=16, metadata={"help": "P, the length of the prompt."})
+    prompt_tuning_init: PromptInit = field(
+        default="context",
+        metadata={
+            "help": "Start as the context's first tokens, as those of prompt_tuning_init_text, as "
+            "sampled tokens of the vocabulary, or as noise of the embedding's own scale."
+        },
+    )
+    prompt_tuning_init_text: str | None = field(
+        default=None, metadata={"help": "The text for prompt_tuning_init=text."}
+    )
+    placement: Placement = field(
+        default="system",
+        metadata={
+            "help": "system: in the context's place in the chat template; "
+            "prefix: before everything, as PEFT does."
+        },
+    )
+    prompt_seed: int = field(
+        default=0, metadata={"help": "Seed of the vocab and random initialisations."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.num_virtual_tokens < 1:
+            raise ValueError(f"num_virtual_tokens must be >= 1: got {self.num_virtual_tokens}.")
+        for name, allowed in (
+            ("prompt_tuning_init", get_args(PromptInit)),
+            ("placement", PLACEMENTS),
+        ):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}: got {value!r}.")
+        if (self.prompt_tuning_init == "text") != (self.prompt_tuning_init_text is not None):
+            raise ValueError(
+                "prompt_tuning_init_text goes with prompt_tuning_init='text': got "
+                f"{self.prompt_tuning_init_text!r} with {self.prompt_tuning_init!r}."
+            )
+
+
+class SoftPrompt(nn.Module):
+    """P virtual tokens: ``embedding`` [P, D], fp32 whatever the model's dtype."""
+
+    def __init__(self, embedding: Tensor, config: SoftPromptConfig, base: dict[str, Any]) -> None:
+        """base: the facts of the model that the prompt belongs to (``base_facts``)."""
+        super().__init__()
+        self.embedding = nn.Parameter(embedding.detach().float().clone())
+        self.config = config
+        self.base = base
+
+    @classmethod
+    def from_model(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        config: SoftPromptConfig,
+        context: str | None = None,
+    ) -> SoftPrompt:
+        """A new prompt for ``model``, initialised as ``config`` says.
+
+        Raises ValueError if the initialisation needs a text that is missing or has no token.
+        """
+        return cls(_initial(model, tokenizer, config, context), config, base_facts(model))
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write the three files; each is replaced as a whole or not at all.
+
+        Raises ValueError if an entry is not finite: the files there stay as they are.
+        """
+        directory = Path(directory)
+        if not self.embedding.isfinite().all():
+            raise ValueError(f"The soft prompt has entries that are not finite: {directory} kept.")
+        directory.mkdir(parents=True, exist_ok=True)
+        embedding = self.embedding.detach().cpu().contiguous()
+        write_bytes(directory / WEIGHTS_FILE, save({"prompt_embeddings": embedding}))
+        write_json(directory / PEFT_FILE, self._peft_config())
+        write_json(
+            directory / FACTS_FILE,
+            {"format_version": FORMAT_VERSION, "config": asdict(self.config), "base": self.base},
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls, directory: str | os.PathLike[str], model: PreTrainedModel | None = None
+    ) -> SoftPrompt:
+        """Load a saved prompt, and check that it was trained for ``model`` where one is given.
+
+        Raises ValueError naming the file or the differing fields; FileNotFoundError.
+        """
+        directory = Path(directory)
+        for name in (WEIGHTS_FILE, FACTS_FILE):
+            if not (directory / name).is_file():
+                raise FileNotFoundError(f"{directory} holds no saved soft prompt: no {name}.")
+        facts = read_json(directory / FACTS_FILE)
+        if facts.get("format_version") != FORMAT_VERSION or not {"config", "base"} <= facts.keys():
+            raise ValueError(
+                f"{directory / FACTS_FILE} must hold format_version {FORMAT_VERSION}, config and "
+                f"base: got version {facts.get('format_version')!r}, {', '.join(sorted(facts))}."
+            )
+        config = SoftPromptConfig(**facts["config"])
+        shape = (config.num_virtual_tokens, facts["base"]["hidden_size"])
+        prompt = cls(_read_embedding(directory / WEIGHTS_FILE, shape), config, facts["base"])
+        if model is not None:
+            prompt.check_base(model)
+        return prompt
+
+    def check_base(self, model: PreTrainedModel) -> None:
+        """Raises ValueError listing the fields in which ``model`` is not the prompt's model."""
+        found = base_facts(model)
+        differing = [
+            f"{name}: prompt {self.base.get(name)!r}, model {found[name]!r}"
+            for name in found
+            if name != "name_or_path" and self.base.get(name) != found[name]
+        ]
+        if differing:
+            raise ValueError(
+                "The soft prompt belongs to another model "
+                f"({self.base.get('name_or_path')!r}): {'; '.join(differing)}."
+            )
+
+    def _peft_config(self) -> dict[str, Any]:
+        return {
+            "peft_type": "PROMPT_TUNING",
+            "task_type": "CAUSAL_LM",
+            # TEXT would make PEFT ask for a tokenizer; the embeddings are loaded over it anyway.
+            "prompt_tuning_init": "RANDOM",
+            "num_virtual_tokens": self.config.num_virtual_tokens,
+            "token_dim": self.base["hidden_size"],
+            "num_layers": self.base["num_hidden_layers"],
+            "num_attention_heads": self.base["num_attention_heads"],
+            "num_transformer_submodules": 1,
+            "base_model_name_or_path": self.base["name_or_path"],
+            "inference_mode": True,
+        }
+
+
+def base_facts(model: PreTrainedModel) -> dict[str, Any]:
+    """What tells one base model from another, the same in every dtype it is loaded in."""
+    config = model.config.get_text_config(decoder=True)
+    weight = input_embedding(model).weight.detach()
+    # Enough rows to tell models apart; hashing all of a large vocabulary would take seconds.
+    rows = weight[:: max(1, weight.shape[0] // 4096)].to(torch.bfloat16).cpu().contiguous()
+    return {
+        "name_or_path": model.config._name_or_path,
+        "model_type": config.model_type,
+        "vocab_size": weight.shape[0],
+        "hidden_size": weight.shape[1],
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "embedding_sha256": hashlib.sha256(rows.view(torch.uint8).numpy().tobytes()).hexdigest(),
+    }
+
+
+@torch.no_grad()
+def _initial(
+    model: PreTrainedModel, tokenizer: Any, config: SoftPromptConfig, context: str | None
+) -> Tensor:
+    """The start values [P, D]."""
+    embed = input_embedding(model)
+    P, (V, D) = config.num_virtual_tokens, embed.weight.shape
+    generator = torch.Generator().manual_seed(config.prompt_seed)
+    sampled = embed(torch.randint(V, (max(P, 1024),), generator=generator).to(embed.weight.device))
+    if config.prompt_tuning_init == "vocab":
+        return sampled[:P]
+    if config.prompt_tuning_init == "random":
+        noise = torch.randn(P, D, generator=generator)
+        return noise * sampled.float().std().cpu()
+    text = context if config.prompt_tuning_init == "context" else config.prompt_tuning_init_text
+    ids = tokenizer(text or "", add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise ValueError(
+            f"prompt_tuning_init={config.prompt_tuning_init!r} needs a text of at least one token: "
+            f"got {text!r}."
+        )
+    repeated = (ids * (P // len(ids) + 1))[:P]
+    return embed(torch.tensor(repeated, device=embed.weight.device))
+
+
+def _read_embedding(path: Path, shape: tuple[int, int]) -> Tensor:
+    refuse_pickle(path)
+    try:
+        tensors = load(path.read_bytes())
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {error}.") from error
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if found != {"prompt_embeddings": shape}:
+        raise ValueError(f"{path} must hold prompt_embeddings of shape {shape}: got {found}.")
+    embedding = tensors["prompt_embeddings"]
+    if not embedding.isfinite().all():
+        raise ValueError(f"{path}: prompt_embeddings has entries that are not finite.")
+    return embedding

@@ -1,0 +1,217 @@
+"""The teacher: the frozen model with the context in place.
+
+It reads ``before + context`` once, shares those keys and values with every query of a batch, writes
+the answers that the data does not give, and records the hidden states that predict them.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from .head import hidden_states
+from .prefix_cache import Prefix
+from .prompting import Query, teacher_ids
+
+# The model's own generation_config may ask for more than the argmax, or than a plain draw.
+PLAIN_GREEDY = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+PLAIN_SAMPLING = {**PLAIN_GREEDY, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+
+
+@dataclass(kw_only=True, eq=False)
+class Answer:
+    """The answer to one query, and what the teacher knew when it gave each of its tokens."""
+
+    ids: list[int]
+    """n token ids, closed by the end-of-sequence token unless the answer was cut short."""
+
+    hidden: Tensor | None = None
+    """[n, D] on the CPU, in the model's dtype: row i is the hidden state that predicts ids[i]."""
+
+
+class Teacher:
+    """Answers queries with the full context."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        *,
+        max_new_tokens: int = 64,
+        batch_size: int = 8,
+        do_sample: bool = False,
+        show_progress: bool = True,
+    ) -> None:
+        """do_sample: draw from the model's distribution instead of taking its maximum."""
+        for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+            if value < 1:
+                raise ValueError(f"{name} must be >= 1: got {value}.")
+        self.model: Any = model
+        self.max_new_tokens = max_new_tokens
+        self.batch_size = batch_size
+        self.do_sample = do_sample
+        self.show_progress = show_progress
+        self.end_ids = _end_ids(model, tokenizer)
+
+    @torch.no_grad()
+    def answer(
+        self,
+        queries: Sequence[Query],
+        answers: Sequence[list[int] | None] | None = None,
+        *,
+        record_hidden: bool,
+    ) -> list[Answer]:
+        """One answer for each query, in their order.
+
+        answers: the token ids that the data gives, None where the teacher has to write them.
+        Raises ValueError naming the query if an answer is empty, or if the context, the query and
+        the answer do not fit into the model's positions.
+        """
+        given = list(answers) if answers is not None else [None] * len(queries)
+        for query, ids in zip(queries, given, strict=True):
+            self._check_length(query, ids)
+        ids_of = {index: ids for index, ids in enumerate(given) if ids is not None}
+        hidden_of: dict[int, Tensor] = {}
+        unread = [i for i in range(len(queries)) if record_hidden or i not in ids_of]
+        for prefix, batch in self._sharing_a_prefix(queries, unread):
+            unanswered = [index for index in batch if index not in ids_of]
+            for part in self._with_allowed_padding(prefix, queries, unanswered):
+                ids_of.update(self._generate(prefix, queries, part))
+            if record_hidden:
+                hidden_of.update(self._record(prefix, queries, batch, ids_of))
+        return [Answer(ids=ids_of[i], hidden=hidden_of.get(i)) for i in range(len(queries))]
+
+    def _sharing_a_prefix(
+        self, queries: Sequence[Query], indices: list[int]
+    ) -> Iterator[tuple[Prefix, list[int]]]:
+        """Batches of queries with the same ``before + context``, which is read once."""
+        groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for index in indices:
+            groups[tuple(queries[index].before + queries[index].context)].append(index)
+        hidden = not self.show_progress
+        with tqdm(total=len(indices), desc="teacher", unit="query", disable=hidden) as progress:
+            for ids, group in groups.items():
+                prefix = Prefix.read(self.model, ids)
+                # Queries of about the same length share a batch, so that little of it is padding.
+                group.sort(key=lambda index: len(queries[index].after))
+                for start in range(0, len(group), self.batch_size):
+                    batch = group[start : start + self.batch_size]
+                    yield prefix, batch
+                    progress.update(len(batch))
+
+    def _with_allowed_padding(
+        self, prefix: Prefix, queries: Sequence[Query], indices: list[int]
+    ) -> list[list[int]]:
+        """The batch (by length), or its parts of equal length where the model bears no padding."""
+
+        def length(index: int) -> int:
+            return len(queries[index].after)
+
+        parts = [list(part) for _, part in groupby(indices, key=length)]
+        if parts and prefix.allows_gap(length(indices[-1]) + self.max_new_tokens):
+            return [indices]
+        return parts
+
+    def _generate(
+        self, prefix: Prefix, queries: Sequence[Query], indices: list[int]
+    ) -> dict[int, list[int]]:
+        """Answer ids for one batch."""
+        ids, mask = _pad([queries[index].after for index in indices], side="left")
+        ids = torch.cat([prefix.ids.expand(len(ids), -1), ids.to(prefix.ids.device)], dim=1)
+        mask = torch.cat([torch.ones_like(ids[:, : prefix.length]), mask.to(ids)], dim=1)
+        written = self.model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            past_key_values=prefix.cache_for(len(ids)),
+            max_new_tokens=self.max_new_tokens,
+            do_sample=self.do_sample,
+            eos_token_id=self.end_ids or None,
+            pad_token_id=self.end_ids[0] if self.end_ids else 0,
+            **(PLAIN_SAMPLING if self.do_sample else PLAIN_GREEDY),
+        )
+        rows = written[:, ids.shape[1] :].tolist()
+        return {i: self._until_end(row) for i, row in zip(indices, rows, strict=True)}
+
+    def _until_end(self, ids: list[int]) -> list[int]:
+        """Up to and with the first end-of-sequence token; the rest of a row is padding."""
+        ends = [position for position, token in enumerate(ids) if token in self.end_ids]
+        return ids[: ends[0] + 1] if ends else ids
+
+    def _record(
+        self,
+        prefix: Prefix,
+        queries: Sequence[Query],
+        indices: list[int],
+        ids_of: dict[int, list[int]],
+    ) -> dict[int, Tensor]:
+        """Hidden states [n, D] at the positions that predict each answer of one batch."""
+        # The last token of an answer predicts nothing that is asked for.
+        rows = [queries[index].after + ids_of[index][:-1] for index in indices]
+        # Padding on the right: no real position sees it, and none is moved by it.
+        ids, mask = (tensor.to(prefix.ids.device) for tensor in _pad(rows, side="right"))
+        B, L = ids.shape
+        mask = torch.cat([mask.new_ones(B, prefix.length), mask], dim=1)
+        cache = prefix.cache_for(B)
+        if cache is None:
+            ids = torch.cat([prefix.ids.expand(B, -1), ids], dim=1)
+        positions = torch.arange(mask.shape[1], device=ids.device)[-ids.shape[1] :]
+        hidden = hidden_states(
+            self.model,
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions.expand(B, -1),
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )[:, -L:].cpu()
+        recorded = {}
+        for row, index in enumerate(indices):
+            first = len(queries[index].after) - 1
+            recorded[index] = hidden[row, first : first + len(ids_of[index])].clone()
+        return recorded
+
+    def _check_length(self, query: Query, ids: list[int] | None) -> None:
+        name = query.source or f"the query that ends in tokens {query.after[-5:]}"
+        if ids is not None and not ids:
+            raise ValueError(f"{name}: the answer has no tokens.")
+        limit = getattr(
+            self.model.config.get_text_config(decoder=True), "max_position_embeddings", None
+        )
+        asked = len(teacher_ids(query))
+        answer = self.max_new_tokens if ids is None else len(ids)
+        if limit is not None and asked + answer > limit:
+            raise ValueError(
+                f"{name}: context and query take {asked} tokens and the answer "
+                f"{'up to ' if ids is None else ''}{answer}, but the model has {limit} positions. "
+                "Shorten the context or the answer."
+            )
+
+
+def _end_ids(model: PreTrainedModel, tokenizer: Any) -> list[int]:
+    """The token ids at which the model ends its answer."""
+    config = getattr(model, "generation_config", None)
+    ids = config.eos_token_id if config is not None else None
+    if ids is None:
+        ids = tokenizer.eos_token_id
+    if ids is None:
+        return []
+    return list(ids) if isinstance(ids, (list, tuple)) else [ids]
+
+
+def _pad(rows: list[list[int]], *, side: str) -> tuple[Tensor, Tensor]:
+    """Ids and mask [B, L]; the ids of the padding are 0."""
+    length = max(map(len, rows))
+    ids = torch.zeros(len(rows), length, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, tokens in enumerate(rows):
+        where = slice(length - len(tokens), None) if side == "left" else slice(len(tokens))
+        ids[row, where] = torch.tensor(tokens)
+        mask[row, where] = 1
+    return ids, mask

@@ -1,0 +1,197 @@
+"""Training a soft prompt with ``transformers.Trainer``.
+
+Schedules, logging, gradient accumulation, resuming and ``accelerate`` are the Trainer's own. What
+differs: the loss, which is projected through the head at answer positions only, and what is saved:
+the prompt, never the frozen base.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import Trainer
+from transformers.trainer_utils import TrainOutput
+
+from . import losses, reference
+from .arguments import SoftPromptTrainingArguments
+from .checkpoints import (
+    last_good_checkpoint,
+    rotate_checkpoints,
+    verify_checkpoint,
+    write_manifest,
+)
+from .model import IGNORE, Collator, SoftPromptModel, TrainingExample
+from .soft_prompt import SoftPrompt
+
+__all__ = [
+    "SoftPromptTrainer",
+    "SoftPromptTrainingArguments",
+    "TrainingExample",
+    "last_good_checkpoint",
+]
+
+
+class SoftPromptTrainer(Trainer):
+    """Trains ``model.prompt`` on ``TrainingExample`` lists."""
+
+    model: SoftPromptModel
+    args: SoftPromptTrainingArguments
+
+    def __init__(
+        self,
+        model: SoftPromptModel,
+        args: SoftPromptTrainingArguments,
+        train_dataset: Sequence[TrainingExample] | None = None,
+        eval_dataset: Sequence[TrainingExample] | None = None,
+        **options: Any,
+    ) -> None:
+        """options: the other arguments of ``transformers.Trainer``.
+
+        Raises ValueError if the objective needs teacher states that an example lacks.
+        """
+        for example in [*(train_dataset or ()), *(eval_dataset or ())]:
+            if args.needs_teacher_states and example.answer.hidden is None:
+                raise ValueError(
+                    f"objective={args.objective!r} needs the teacher's hidden states: "
+                    f"{example.query.source or 'an example'} has none. "
+                    "Call Teacher.answer(..., record_hidden=True)."
+                )
+        prompt = model.prompt.config
+        options.setdefault(
+            "data_collator",
+            Collator(num_virtual_tokens=prompt.num_virtual_tokens, placement=prompt.placement),
+        )
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            **options,
+        )
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **options: Any
+    ) -> TrainOutput:
+        """resume_from_checkpoint: True takes the last good checkpoint of ``args.output_dir``.
+
+        Raises ValueError if there is none, or if the one that is named is damaged, and
+        FloatingPointError if the loss is not finite.
+        """
+        if resume_from_checkpoint is True:
+            found = last_good_checkpoint(str(self.args.output_dir))
+            if found is None:
+                raise ValueError(f"{self.args.output_dir} holds no good checkpoint to resume from.")
+            resume_from_checkpoint = str(found)
+        return super().train(resume_from_checkpoint, *args, **options)
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The sum over this batch's answer tokens / the answer tokens of the whole step."""
+        total = self._summed_loss(model, inputs)
+        if num_items_in_batch is None:
+            loss = total / (inputs["labels"] != IGNORE).sum()
+        else:
+            loss = total / num_items_in_batch
+            if self.args.average_tokens_across_devices:
+                # Gradients are averaged over the processes; the tokens were counted over all.
+                loss = loss * self.accelerator.num_processes
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    def prediction_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, None, None]:
+        """The Trainer averages this over examples; so scaled, that is the mean over tokens."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad():
+            total = self._summed_loss(model, inputs)
+        return total / (len(inputs["labels"]) * self._tokens_per_example), None, None
+
+    def evaluation_loop(self, dataloader: DataLoader[Any], *args: Any, **options: Any) -> Any:
+        dataset = cast(Sequence[TrainingExample], dataloader.dataset)
+        tokens = [len(example.answer.ids) for example in dataset]
+        self._tokens_per_example = sum(tokens) / len(tokens)
+        return super().evaluation_loop(dataloader, *args, **options)
+
+    def _summed_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """The objective, summed over the answer tokens of one batch."""
+        inputs = dict(inputs)
+        sources = inputs.pop("sources")
+        teacher = inputs.pop("teacher_hidden", None)
+        labels = inputs["labels"]
+        hidden = model(**inputs)
+        total = self._objective(hidden, labels[labels != IGNORE], teacher)
+        if not torch.isfinite(total):
+            raise FloatingPointError(
+                f"The loss is {total.item()} at step {self.state.global_step}, on: "
+                f"{', '.join(sources)}. Training stopped; checkpoints in {self.args.output_dir} "
+                "are as they were. Look at these examples, or lower learning_rate."
+            )
+        return total
+
+    def _objective(self, hidden: Tensor, targets: Tensor, teacher: Tensor | None) -> Tensor:
+        args = self.args
+        head = self.model.head
+        options = {"temperature": args.temperature, "reduction": "sum", **head.loss_options()}
+        impl: Any = reference
+        if args.loss_impl == "fused":
+            impl = losses
+            options |= {"backend": args.backend, "workspace_mib": args.workspace_mib}
+        # Mixed precision returns fp32 hidden states.
+        hidden = hidden.to(head.weight.dtype)
+        if args.objective == "nll":
+            return impl.linear_nll(hidden, head.weight, targets, **options)
+        if args.objective == "kl":
+            return impl.linear_kl(hidden, head.weight, teacher, beta=args.beta, **options)
+        return impl.linear_distill(
+            hidden, head.weight, targets, teacher, alpha=args.alpha, beta=args.beta, **options
+        )
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """The prompt alone: no base model, and no pickle of the arguments."""
+        if self.args.should_save:
+            self.model.prompt.save_pretrained(str(output_dir or self.args.output_dir))
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            run_dir = Path(self._get_output_dir(trial=trial))
+            write_manifest(run_dir / f"checkpoint-{self.state.global_step}")
+            rotate_checkpoints(run_dir, limit, self.state.best_model_checkpoint)
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
+    ) -> None:
+        verify_checkpoint(resume_from_checkpoint)
+        self._load_prompt(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        self._load_prompt(str(self.state.best_model_checkpoint))
+
+    def _load_prompt(self, directory: str | os.PathLike[str]) -> None:
+        ours, saved = self.model.prompt, SoftPrompt.from_pretrained(directory, self.model.base)
+        if saved.config != ours.config:
+            raise ValueError(
+                f"{directory} holds another kind of soft prompt: {saved.config}; "
+                f"this run trains {ours.config}."
+            )
+        ours.load_state_dict(saved.state_dict())

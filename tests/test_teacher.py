@@ -1,0 +1,170 @@
+"""Batched teacher and student against an oracle that runs one unpadded sequence at a time."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from toy import WINDOW, make_model, make_tokenizer
+
+from softprompt_fast.head import OutputHead, hidden_states
+from softprompt_fast.model import Collator, SoftPromptModel, TrainingExample
+from softprompt_fast.prefix_cache import Prefix
+from softprompt_fast.prompting import student_layout, teacher_ids, tokenize_query
+from softprompt_fast.soft_prompt import SoftPrompt, SoftPromptConfig
+from softprompt_fast.teacher import Answer, Teacher
+
+# Rotary positions, absolute positions, two kinds of sliding windows, and a recurrent state.
+ARCHITECTURES = ["llama", "gpt2", "gemma3", "mistral", "falcon_h1"]
+CONTEXT = "Open at 10, closed on Monday. The cat is called Spanner."
+OTHER_CONTEXT = "Nobody is here now."
+QUESTIONS = ["When?", "May I feed the cat after four?", "Hi", "Are you open?", "Who is Spanner?"]
+ANSWERS = ["At 10.", "No.", "Hello, how are you?", "Yes", "A cat with a very long answer."]
+NEW_TOKENS = 9
+
+
+def make_queries(questions=QUESTIONS, context=CONTEXT):
+    return [
+        tokenize_query(
+            make_tokenizer(), [{"role": "user", "content": question}], context, source=f"q:{line}"
+        )
+        for line, question in enumerate(questions, start=1)
+    ]
+
+
+def given_answers():
+    return [make_tokenizer()(text)["input_ids"] for text in ANSWERS]
+
+
+def make_teacher(model, **options) -> Teacher:
+    options = {"max_new_tokens": NEW_TOKENS, "batch_size": 3, "show_progress": False, **options}
+    return Teacher(model, make_tokenizer(), **options)
+
+
+def oracle_answer(model, ids: list[int]) -> list[int]:
+    """Greedy, one query, no cache, no padding."""
+    end, written = make_tokenizer().eos_token_id, []
+    while len(written) < NEW_TOKENS and (not written or written[-1] != end):
+        logits = model(input_ids=torch.tensor([ids + written]), use_cache=False).logits
+        written.append(int(logits[0, -1].argmax()))
+    return written
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@torch.no_grad()
+def test_written_answers_are_those_of_one_query_at_a_time(architecture):
+    model = make_model(architecture)
+    # A model's own defaults must not change what its most probable answer is.
+    model.generation_config.repetition_penalty = 3.0
+    queries = make_queries() + make_queries(context=OTHER_CONTEXT)
+    expected = [oracle_answer(model, teacher_ids(query)) for query in queries]
+    # Let some answers end early: their rows are padded until the batch is done.
+    ends = expected[1][3]
+    model.generation_config.eos_token_id = [make_tokenizer().eos_token_id, ends]
+    expected = [ids[: ids.index(ends) + 1] if ends in ids else ids for ids in expected]
+    assert len(set(map(len, expected))) > 1
+
+    answers = make_teacher(model).answer(queries, record_hidden=False)
+    assert [answer.ids for answer in answers] == expected
+    assert all(answer.hidden is None for answer in answers)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@torch.no_grad()
+def test_recorded_states_are_those_of_one_unpadded_forward(architecture):
+    model = make_model(architecture)
+    queries = make_queries() + make_queries(context=OTHER_CONTEXT)
+    answers = make_teacher(model).answer(queries, given_answers() * 2, record_hidden=True)
+    assert len(teacher_ids(queries[0])) > WINDOW
+    for query, answer, ids in zip(queries, answers, given_answers() * 2, strict=True):
+        assert answer.ids == ids
+        alone = hidden_states(model, input_ids=torch.tensor([teacher_ids(query) + ids]))
+        torch.testing.assert_close(answer.hidden, alone[0, -len(ids) - 1 : -1])
+
+
+@torch.no_grad()
+def test_data_and_teacher_may_share_the_answers():
+    model = make_model()
+    queries = make_queries()
+    given = [None, given_answers()[1], None, given_answers()[3], None]
+    answers = make_teacher(model).answer(queries, given, record_hidden=True)
+    for query, answer, ids in zip(queries, answers, given, strict=True):
+        assert answer.ids == (ids or oracle_answer(model, teacher_ids(query)))
+        predicted = OutputHead.from_model(model).logits(answer.hidden).argmax(-1).tolist()
+        assert ids is not None or predicted == answer.ids
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+@pytest.mark.parametrize("placement", ["system", "prefix"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@torch.no_grad()
+def test_student_states_are_those_of_one_unpadded_forward(architecture, placement, padding_side):
+    P = 6
+    model = make_model(architecture)
+    config = SoftPromptConfig(
+        num_virtual_tokens=P, placement=placement, prompt_tuning_init="random"
+    )
+    student = SoftPromptModel(model, SoftPrompt.from_model(model, make_tokenizer(), config))
+    examples = [
+        TrainingExample(query=query, answer=Answer(ids=ids))
+        for query, ids in zip(make_queries(), given_answers(), strict=True)
+    ]
+    collate = Collator(num_virtual_tokens=P, placement=placement, padding_side=padding_side)
+    batch = collate(examples)
+    assert batch.pop("sources") == ["q:1", "q:2", "q:3", "q:4", "q:5"]
+    assert batch["labels"][batch["labels"] != -100].tolist() == sum(given_answers(), [])
+
+    states = student(**batch).split(list(map(len, given_answers())))
+    embed = model.get_input_embeddings()
+    for example, hidden in zip(examples, states, strict=True):
+        before, after = student_layout(example.query, placement)
+        rest = torch.tensor(after + example.answer.ids)
+        sequence = torch.cat(
+            [embed(torch.tensor(before, dtype=torch.long)), student.prompt.embedding, embed(rest)]
+        )
+        alone = hidden_states(model, inputs_embeds=sequence[None])
+        torch.testing.assert_close(hidden, alone[0, -len(example.answer.ids) - 1 : -1])
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3", "mistral"])
+@torch.no_grad()
+def test_a_batch_never_writes_into_the_shared_prefix(architecture):
+    model = make_model(architecture)
+    query = make_queries()[0]
+    prefix = Prefix.read(model, query.before + query.context)
+    before = copy.deepcopy([(layer.keys, layer.values) for layer in prefix.cache.layers])
+    copied = prefix.cache_for(4)
+    assert copied.layers[0].keys.data_ptr() == prefix.cache.layers[0].keys.data_ptr()
+    hidden_states(model, input_ids=torch.ones(4, 7).long(), past_key_values=copied)
+    assert copied.get_seq_length() == prefix.length + 7
+    assert prefix.cache.get_seq_length() == prefix.length
+    for layer, (keys, values) in zip(prefix.cache.layers, before, strict=True):
+        assert torch.equal(layer.keys, keys) and torch.equal(layer.values, values)
+
+
+def test_each_context_is_read_once():
+    model = make_model()
+    lengths = []
+    model.get_decoder().register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    queries = make_queries() + make_queries(context=OTHER_CONTEXT)
+    make_teacher(model).answer(queries, record_hidden=True)
+    prefixes = [len(queries[i].before + queries[i].context) for i in (0, -1)]
+    queries_and_answers = max(len(query.after) for query in queries) + NEW_TOKENS
+    assert sorted(length for length in lengths if length > queries_and_answers) == prefixes[:1]
+    assert lengths.count(prefixes[1]) == 1
+
+
+def test_a_sequence_longer_than_the_model_is_named():
+    queries = make_queries(["x" * 600])
+    with pytest.raises(ValueError, match=r"q:1: .* take \d+ tokens .* up to 9, .* 512 positions"):
+        make_teacher(make_model()).answer(queries, record_hidden=False)
+    with pytest.raises(ValueError, match="q:1: the answer has no tokens"):
+        make_teacher(make_model()).answer(make_queries(["Hi"]), [[]], record_hidden=False)
+
+
+def test_a_wrong_option_is_named():
+    with pytest.raises(ValueError, match="batch_size must be >= 1: got 0"):
+        make_teacher(make_model(), batch_size=0)

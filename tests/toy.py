@@ -1,0 +1,100 @@
+"""Random models of many architectures at toy size; a byte-level tokenizer with a chat template."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "<|start|>{{ message['role'] }}\n{{ message['content'] | trim }}<|end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+SPECIAL_TOKENS = ["<|bos|>", "<|start|>", "<|end|>"]
+VOCAB = 256 + len(SPECIAL_TOKENS)
+
+# Wide weights: logits of a few units, so that a wrong scale or softcap shows.
+SIZES = dict(
+    vocab_size=VOCAB,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=512,
+    initializer_range=0.3,
+    bos_token_id=VOCAB - 3,
+    eos_token_id=VOCAB - 1,
+    pad_token_id=0,
+)
+WINDOW = 24
+
+ARCHITECTURES = {
+    "llama": dict(model_type="llama"),
+    "qwen2": dict(model_type="qwen2"),
+    "qwen3": dict(model_type="qwen3"),
+    "gemma2": dict(model_type="gemma2", final_logit_softcapping=5.0, sliding_window=WINDOW),
+    "gemma3": dict(
+        model_type="gemma3_text",
+        sliding_window=WINDOW,
+        layer_types=["sliding_attention", "full_attention"],
+        # Tied to embeddings this wide, the head would only repeat the last token.
+        tie_word_embeddings=False,
+    ),
+    "gemma3n": dict(
+        model_type="gemma3n_text",
+        final_logit_softcapping=2.0,
+        num_hidden_layers=5,
+        num_kv_shared_layers=0,
+        activation_sparsity_pattern=None,
+        laurel_rank=4,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=VOCAB,
+    ),
+    "mistral": dict(model_type="mistral", sliding_window=WINDOW),
+    "phi3": dict(model_type="phi3"),
+    "gpt2": dict(model_type="gpt2"),
+    "gpt_neox": dict(model_type="gpt_neox"),
+    "cohere": dict(model_type="cohere", logit_scale=0.25),
+    "falcon_h1": dict(
+        model_type="falcon_h1",
+        lm_head_multiplier=0.5,
+        mamba_d_ssm=32,
+        mamba_n_heads=4,
+        mamba_d_head=8,
+        mamba_n_groups=1,
+        mamba_d_state=8,
+    ),
+    "granite": dict(model_type="granite", logits_scaling=3.0),
+}
+
+
+def make_model(architecture: str = "llama", *, dtype: torch.dtype = torch.float32, seed: int = 0):
+    """A random model in eval mode; the same one for the same arguments."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(**{**SIZES, **ARCHITECTURES[architecture]})
+    return AutoModelForCausalLM.from_config(config).to(dtype).eval()
+
+
+@functools.cache
+def make_tokenizer(*, chat: bool = True) -> PreTrainedTokenizerFast:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = {token: index for index, token in enumerate(alphabet + SPECIAL_TOKENS)}
+    core = Tokenizer(models.BPE(vocab=tokens, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    bos, start, end = SPECIAL_TOKENS
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token=bos,
+        eos_token=end,
+        extra_special_tokens=[start],
+    )
+    if chat:
+        tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
