@@ -1,0 +1,7 @@
+"""``python -m softprompt_fast`` is ``softprompt-fast``."""
+
+import sys
+
+from softprompt_fast.cli import main
+
+sys.exit(main())

@@ -1,0 +1,42 @@
+"""What a person reads: results on stdout, progress and problems on stderr."""
+
+from __future__ import annotations
+
+import unicodedata
+
+from rich.console import Console
+from rich.text import Text
+
+# Characters that turn the direction of a line around, so that it reads as something else.
+BIDI = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+def printable(text: str) -> str:
+    """``text`` with control characters spelled out, so that data cannot drive the terminal."""
+    return "".join(_spell(character) for character in text)
+
+
+def one_line(text: str) -> str:
+    return " ".join(printable(text).split())
+
+
+def say(text: str = "") -> None:
+    _print(Console(), text)
+
+
+def progress(text: str) -> None:
+    _print(Console(stderr=True), text)
+
+
+def complain(text: str) -> None:
+    _print(Console(stderr=True), f"error: {text}")
+
+
+def _print(console: Console, text: str) -> None:
+    # Text, so that "[red]" in the data stays what it is; rich would read it as markup.
+    console.print(Text(printable(text)), soft_wrap=True)
+
+
+def _spell(character: str) -> str:
+    is_control = unicodedata.category(character) in ("Cc", "Cs") and character not in "\n\t"
+    return ascii(character)[1:-1] if is_control or character in BIDI else character

@@ -1,0 +1,194 @@
+"""Queries from JSON Lines files, and contexts from text files.
+
+One JSON object a line, in UTF-8::
+
+    {"prompt": "What do you charge to fix a flat tire?"}
+    {"messages": [{"role": "user", "content": "Hi"}], "completion": "Hello", "context": "Be brief"}
+
+``prompt`` (or its alias ``messages``) is a string or a list of messages; a closing assistant
+message is the completion. ``completion`` and ``context`` are optional. Blank lines are skipped,
+fields of other names are ignored unless they look like a misspelling of one of these.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+MAX_LINE_BYTES = 10 * 2**20
+FIELDS = ("prompt", "messages", "completion", "context")
+ROLES = ("system", "user", "assistant", "tool", "developer")
+
+
+@dataclass(kw_only=True, frozen=True)
+class Record:
+    messages: list[dict]
+    """The conversation up to the answer, as ``{"role": ..., "content": ...}``."""
+    completion: str | None
+    """The answer, or None where the teacher is to give it."""
+    context: str | None
+    """The context of this line; None means the run's own context."""
+    source: str
+    """Where the record was read, as ``file:line``."""
+
+
+def read_jsonl(path) -> list[Record]:
+    """All records of the file.
+
+    Raises ValueError that starts with ``file:line:`` (and the column, where the JSON is bad) and
+    names the field; ValueError if the file holds no records; OSError if it cannot be read.
+    """
+    records = []
+    for number, line in _lines(path):
+        if line.strip():
+            source = f"{path}:{number}"
+            records.append(_record(_json_object(line, source), source))
+    if not records:
+        raise ValueError(f"{path}: no records. Write one JSON object a line, with a field 'prompt'")
+    return records
+
+
+def read_text(path) -> str:
+    """The text of a UTF-8 file, without a byte order mark; surrounding blank space is cut off."""
+    text = read_utf8(path).strip()
+    if not text:
+        raise ValueError(f"{path}: the file is empty; a context needs text")
+    return text
+
+
+def read_utf8(path) -> str:
+    """The whole file, without a byte order mark. Raises ValueError naming the first bad byte."""
+    return _decode(Path(path).read_bytes(), path, 0)
+
+
+def _lines(path) -> Iterator[tuple[int, str]]:
+    """``(number, line)``, holding no more than one line (of bounded size) in memory."""
+    offset = 0
+    with open(path, "rb") as stream:
+        for number, raw in enumerate(iter(lambda: stream.readline(MAX_LINE_BYTES + 1), b""), 1):
+            if len(raw) > MAX_LINE_BYTES:
+                raise ValueError(
+                    f"{path}:{number}: the line is longer than {MAX_LINE_BYTES} bytes. "
+                    "JSON Lines has one object a line: is a line break missing?"
+                )
+            yield number, _decode(raw, path, offset)
+            offset += len(raw)
+
+
+def _decode(raw: bytes, path, offset: int) -> str:
+    try:
+        return raw.decode("utf-8").removeprefix("\ufeff" if offset == 0 else "")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: not UTF-8: byte 0x{raw[error.start]:02x} at offset {offset + error.start}. "
+            "Save the file as UTF-8."
+        ) from None
+
+
+def _json_object(line: str, source: str) -> dict:
+    try:
+        value = json.loads(line, object_pairs_hook=_unique_keys)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{source}:{error.colno}: bad JSON: {error.msg}. Each line must hold one JSON object."
+        ) from None
+    except RecursionError:
+        raise ValueError(f"{source}:1: bad JSON: nested too deeply") from None
+    except ValueError as error:  # a duplicate field, or a number too long to convert
+        raise ValueError(f"{source}: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{source}: expected a JSON object, got {_kind(value)}")
+    return value
+
+
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict:
+    result: dict = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"field {key!r} appears twice")
+        result[key] = value
+    return result
+
+
+def _record(value: dict, source: str) -> Record:
+    for key in value:
+        close = difflib.get_close_matches(key.lower(), FIELDS, n=1, cutoff=0.75)
+        if key not in FIELDS and close:
+            raise ValueError(f"{source}: unknown field {key!r}; did you mean {close[0]!r}?")
+    if ("prompt" in value) == ("messages" in value):
+        problem = "both" if "prompt" in value else "neither"
+        found = ", ".join(map(repr, value)) or "no fields"
+        raise ValueError(f"{source}: give 'prompt' or 'messages'; the line has {problem} ({found})")
+    field = "prompt" if "prompt" in value else "messages"
+    messages = _messages(value[field], field, source)
+    completion = value.get("completion")
+    if messages[-1]["role"] == "assistant":
+        if completion is not None:
+            raise ValueError(
+                f"{source}: {field!r} ends with an assistant message, and there is a 'completion' "
+                "too; keep one of them"
+            )
+        completion = [messages.pop()]
+    if not any(message["role"] == "user" for message in messages):
+        raise ValueError(f"{source}: {field!r} has no user message")
+    return Record(
+        messages=messages,
+        completion=None if completion is None else _completion(completion, source),
+        context=_text(value, "context", source) if value.get("context") is not None else None,
+        source=source,
+    )
+
+
+def _messages(value, field: str, source: str) -> list[dict]:
+    if isinstance(value, str):
+        return [{"role": "user", "content": _text({field: value}, field, source)}]
+    if not isinstance(value, list) or not value:
+        got = "an empty list" if value == [] else _kind(value)
+        raise ValueError(f"{source}: {field!r} must be a string or a list of messages, got {got}")
+    messages = []
+    for index, message in enumerate(value):
+        where = f"{field}[{index}]"
+        if not isinstance(message, dict):
+            raise ValueError(f"{source}: {where!r} must be an object, got {_kind(message)}")
+        role = message.get("role")
+        if role not in ROLES:
+            raise ValueError(
+                f"{source}: '{where}.role' must be one of {', '.join(ROLES)}; got {role!r}"
+            )
+        content = _text({f"{where}.content": message.get("content")}, f"{where}.content", source)
+        messages.append({"role": role, "content": content})
+    return messages
+
+
+def _completion(value, source: str) -> str:
+    if isinstance(value, list):
+        messages = _messages(value, "completion", source)
+        if len(messages) != 1 or messages[0]["role"] != "assistant":
+            raise ValueError(f"{source}: 'completion' must be a string or one assistant message")
+        return messages[0]["content"]
+    return _text({"completion": value}, "completion", source)
+
+
+def _text(value: dict, field: str, source: str) -> str:
+    text = value[field]
+    if not isinstance(text, str):
+        raise ValueError(f"{source}: {field!r} must be a string, got {_kind(text)}")
+    if not text.strip():
+        hint = "; leave it out to have the model answer" if field == "completion" else ""
+        raise ValueError(f"{source}: {field!r} is empty{hint}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{source}: {field!r} has half of a surrogate pair at character {error.start}"
+        ) from None
+    return text
+
+
+def _kind(value) -> str:
+    """The JSON name of a value's type."""
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
+    return names.get(type(value), "null" if value is None else "a number")

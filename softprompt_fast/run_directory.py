@@ -1,0 +1,125 @@
+"""The output directory of one training run: who owns it, and with which options it was started.
+
+run.json             the options, where the data is, "training" or "finished"
+checkpoint-N/        written by the trainer
+adapter_*, soft_prompt.json, evaluation.json    the results
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import IO, Any
+
+from .files import read_json, write_json
+from .soft_prompt import FACTS_FILE, PEFT_FILE, WEIGHTS_FILE
+
+RUN_FILE = "run.json"
+EVALUATION_FILE = "evaluation.json"
+LOCK_FILE = ".lock"
+RESULT_FILES = (WEIGHTS_FILE, PEFT_FILE, FACTS_FILE, EVALUATION_FILE)
+FORMAT_VERSION = 1
+
+
+class RunDirectory:
+    """Made before the model loads: whatever is wrong with the directory is said at once."""
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        options: dict[str, Any],
+        *,
+        inputs: dict[str, Any],
+        overwrite: bool,
+    ):
+        """options: what decides the result of the run; a run with others is not continued.
+        inputs: where the model and the data are, for the commands that come after. JSON values.
+
+        Raises OSError if the directory cannot be written to, and ValueError if it is in use, holds
+        something else, or holds a run with other options (unless ``overwrite``).
+        """
+        self.path = Path(path)
+        self.options = options
+        self.inputs = inputs
+        self.overwrite = overwrite
+        _make_writable(self.path)
+        self._check_free()
+        self._lock = _lock(self.path)
+        self._check_options()
+
+    @property
+    def is_finished(self) -> bool:
+        files = all((self.path / name).is_file() for name in (WEIGHTS_FILE, FACTS_FILE))
+        return not self.overwrite and files and self._read().get("status") == "finished"
+
+    def start(self) -> None:
+        """Take the directory for this run; with ``overwrite``, an earlier run goes only now."""
+        if self.overwrite:
+            for checkpoint in self.path.glob("checkpoint-*"):
+                shutil.rmtree(checkpoint)
+            for name in RESULT_FILES:
+                (self.path / name).unlink(missing_ok=True)
+            self.overwrite = False
+        self._write("training")
+
+    def finish(self, **facts: Any) -> None:
+        """The prompt is saved: the same command has nothing left to do."""
+        self._write("finished", **facts)
+
+    def _check_free(self) -> None:
+        others = sorted(p.name for p in self.path.iterdir() if p.name != LOCK_FILE)
+        if others and RUN_FILE not in others:
+            raise ValueError(
+                f"output_dir {self.path} is occupied: it holds {others[0]!r} and no {RUN_FILE}, so "
+                "it is not a run of softprompt-fast. Choose another directory."
+            )
+
+    def _check_options(self) -> None:
+        now = self.options
+        found = self._read().get("options", now)
+        differing = [
+            f"{name}: {found.get(name, 'default')!r} there, {now.get(name, 'default')!r} now"
+            for name in sorted(found.keys() | now.keys())
+            if found.get(name) != now.get(name)
+        ]
+        if differing and not self.overwrite:
+            raise ValueError(
+                f"output_dir {self.path} holds a run with other options: {'; '.join(differing)}. "
+                "Choose another directory, or pass --overwrite_output_dir to train anew."
+            )
+
+    def _read(self) -> dict[str, Any]:
+        return read_run(self.path)
+
+    def _write(self, status: str, **facts: Any) -> None:
+        run = {"format_version": FORMAT_VERSION, "status": status, "inputs": self.inputs}
+        write_json(self.path / RUN_FILE, {**run, "options": self.options, **facts})
+
+
+def read_run(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What run.json says; empty where there is none. Raises ValueError if it is not JSON."""
+    file = Path(path) / RUN_FILE
+    return read_json(file) if file.is_file() else {}
+
+
+def _make_writable(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise OSError(f"cannot write to output_dir {path}: {error.strerror}") from error
+
+
+def _lock(path: Path) -> IO[str]:
+    """A locked file; the system releases it when this process ends, however it ends."""
+    file = (path / LOCK_FILE).open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(f"output_dir {path} is in use: another process trains there") from None
+    return file

@@ -1,0 +1,186 @@
+"""The command ``train``: have the teacher answer the queries, train a soft prompt, save it."""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+from transformers import PrinterCallback, ProgressCallback, set_seed
+
+from .console import progress, say
+from .data import read_jsonl, read_text
+from .examples import check_contexts, make_examples
+from .files import sha256
+from .model import SoftPromptModel
+from .pretrained import load_model
+from .progress import TrainingProgress
+from .run_directory import RunDirectory
+from .signals import StopOnSignal
+from .soft_prompt import SoftPrompt, SoftPromptConfig
+from .teacher import Teacher
+from .trainer import (
+    SoftPromptTrainer,
+    SoftPromptTrainingArguments,
+    last_good_checkpoint,
+)
+
+
+@dataclass(kw_only=True)
+class TrainOptions:
+    """The model and the data of a training run."""
+
+    model: str = field(metadata={"help": "Directory or Hub id of the frozen language model."})
+    train_file: str = field(metadata={"help": "JSON Lines file of queries to learn from."})
+    context_file: str | None = field(
+        default=None,
+        metadata={"help": "Text file: the context to replace. A query's own context goes first."},
+    )
+    eval_file: str | None = field(
+        default=None, metadata={"help": "JSON Lines file of held-out queries."}
+    )
+    max_new_tokens: int = field(
+        default=64, metadata={"help": "Longest answer of the teacher, in tokens."}
+    )
+    teacher_batch_size: int = field(default=16, metadata={"help": "Queries answered at a time."})
+    dtype: str = field(
+        default="auto", metadata={"help": "auto (the checkpoint's own), float32, bfloat16, float16"}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run Python code that the model's repository brings."}
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Delete the earlier run in output_dir and train anew."}
+    )
+
+
+# Options that change how a run is watched or where things lie, and not what comes out of it.
+FREE_OPTIONS = frozenset(
+    [
+        *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "save_total_limit"),
+        *("train_file", "context_file", "eval_file"),  # compared by content
+        *("disable_tqdm", "logging_strategy", "logging_steps", "logging_first_step", "log_level"),
+        *("report_to", "run_name", "hub_token", "trust_remote_code"),
+    ]
+)
+
+
+def train(
+    options: TrainOptions,
+    config: SoftPromptConfig,
+    args: SoftPromptTrainingArguments,
+    *,
+    given: dict[str, Any],
+    stop: StopOnSignal,
+) -> int:
+    """The exit code.
+
+    given: the options that the user gave; a run is continued only by the options it began with.
+    Raises ValueError or OSError, before the model loads wherever that can be known.
+    """
+    context = None if options.context_file is None else read_text(options.context_file)
+    records = read_jsonl(options.train_file)
+    eval_records = [] if options.eval_file is None else read_jsonl(options.eval_file)
+    check_contexts([*records, *eval_records], context)
+    directory = RunDirectory(
+        args.output_dir or "",
+        decisive_options(options, given),
+        inputs=run_inputs(options),
+        overwrite=options.overwrite_output_dir,
+    )
+    if directory.is_finished:
+        say(f"{directory.path} holds the soft prompt of this run: nothing is left to train.")
+        say("Pass --overwrite_output_dir to train anew.")
+        return 0
+
+    args.dataloader_pin_memory = args.device.type == "cuda"  # elsewhere it is a mere warning
+    set_seed(args.seed)
+    model, tokenizer = load_model(
+        options.model,
+        dtype=options.dtype,
+        device=args.device,
+        trust_remote_code=options.trust_remote_code,
+    )
+    prompt = SoftPrompt.from_model(model, tokenizer, config, context or records[0].context)
+    teacher = Teacher(
+        model,
+        tokenizer,
+        max_new_tokens=options.max_new_tokens,
+        batch_size=options.teacher_batch_size,
+        show_progress=not args.disable_tqdm,
+    )
+    sets = [records, eval_records] if args.eval_strategy != "no" and eval_records else [records]
+    train_set, *eval_sets = [
+        make_examples(teacher, tokenizer, part, context, record_hidden=args.needs_teacher_states)
+        for part in sets
+    ]
+    trainer = SoftPromptTrainer(
+        model=SoftPromptModel(model, prompt),
+        args=args,
+        train_dataset=train_set,
+        eval_dataset=eval_sets[0] if eval_sets else None,
+        callbacks=[stop],
+    )
+    directory.start()
+    return _run(trainer, prompt, directory, stop)
+
+
+def _run(
+    trainer: SoftPromptTrainer, prompt: SoftPrompt, directory: RunDirectory, stop: StopOnSignal
+) -> int:
+    checkpoint = trainer.args.resume_from_checkpoint
+    if checkpoint is None:
+        with warnings.catch_warnings(record=True) as skipped:
+            last = last_good_checkpoint(directory.path)
+            checkpoint = None if last is None else str(last)
+        for warning in skipped:
+            progress(str(warning.message))
+    if checkpoint is not None:
+        progress(f"Going on from {checkpoint}")
+    shown = TrainingProgress(show_bar=not trainer.args.disable_tqdm)
+    for wordy in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(wordy)
+    trainer.add_callback(shown)
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    seconds = time.perf_counter() - started
+    step, steps = trainer.state.global_step, trainer.state.max_steps
+    if stop.received is not None and step < steps:
+        say(f"Stopped after step {step} of {steps}, with a checkpoint in {directory.path}.")
+        say("The same command goes on from there.")
+        return stop.exit_code
+    prompt.save_pretrained(directory.path)
+    directory.finish(
+        objective=trainer.args.objective,
+        steps=step,
+        seconds=round(seconds, 1),
+        versions={"torch": torch.__version__, "transformers": transformers.__version__},
+    )
+    say(f"Trained {step - shown.first_step} steps in {seconds:.0f} s.")
+    say(f"The soft prompt ({len(prompt.embedding)} virtual tokens) is in {directory.path}")
+    return 0 if stop.received is None else stop.exit_code
+
+
+def decisive_options(options: TrainOptions, given: dict[str, Any]) -> dict[str, Any]:
+    """The options that decide the result; files by their content, so that they may move."""
+    decisive = {name: value for name, value in given.items() if name not in FREE_OPTIONS}
+    for name in ("train_file", "context_file"):
+        path = getattr(options, name)
+        if path is not None:
+            decisive[f"{name}_sha256"] = sha256(path)
+    return decisive
+
+
+def run_inputs(options: TrainOptions) -> dict[str, Any]:
+    """Where the model and the data are, by absolute path, and the length of the answers."""
+    inputs: dict[str, Any] = {"model": options.model, "max_new_tokens": options.max_new_tokens}
+    if os.path.isdir(options.model):
+        inputs["model"] = os.path.abspath(options.model)
+    for name in ("train_file", "context_file", "eval_file"):
+        path = getattr(options, name)
+        inputs[name] = None if path is None else os.path.abspath(path)
+    return inputs

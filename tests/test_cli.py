@@ -1,0 +1,361 @@
+"""The command line: what it does, and what it says when it cannot."""
+
+from __future__ import annotations
+
+import io
+import json
+import signal
+
+import pytest
+import torch
+from toy_run import QUESTIONS, start, train_flags, wait_for, write_lines
+
+from softprompt_fast import train
+from softprompt_fast.checkpoints import last_good_checkpoint
+from softprompt_fast.cli import main
+from softprompt_fast.console import printable
+from softprompt_fast.run_directory import RunDirectory
+
+
+@pytest.fixture
+def run(capsys):
+    def run_command(*arguments):
+        capsys.readouterr()
+        code = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run_command
+
+
+def error_of(result) -> str:
+    """The one message of a run that could not be done."""
+    code, _out, err = result
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert code == 1
+    assert len(errors) == 1
+    assert "Traceback" not in err
+    return errors[0].removeprefix("error: ")
+
+
+def usage_error_of(result) -> str:
+    code, out, err = result
+    assert code == 2
+    assert out == ""
+    assert err.startswith("error: ")
+    assert len(err.splitlines()) == 1
+    return err.removeprefix("error: ").rstrip()
+
+
+# What it does
+
+
+def test_train_eval_generate(run, tmp_path):
+    code, out, err = run(*train_flags(tmp_path))
+    assert code == 0, err
+    assert "Trained 6 steps" in out
+    assert f"(4 virtual tokens) is in {tmp_path / 'run'}" in out
+    assert json.loads((tmp_path / "run/run.json").read_text())["status"] == "finished"
+
+    code, out, err = run("eval", "--prompt_dir", tmp_path / "run", "--num_samples=2")
+    assert code == 0, err
+    assert f"Written to {tmp_path / 'run/evaluation.json'}" in out
+    assert "3 held-out queries" in out
+    assert "KL recovered" in out
+    report = json.loads((tmp_path / "run/evaluation.json").read_text())
+    assert report["objective"] == "kl"
+    assert report["max_new_tokens"] == 7
+    assert len(report["answers"]) == 2
+
+    code, out, err = run(
+        "generate", "--prompt_dir", tmp_path / "run", report["answers"][0]["query"]
+    )
+    assert code == 0, err
+    assert out.strip() == printable(report["answers"][0]["soft prompt"]).strip()
+
+
+def test_a_question_from_stdin(run, tmp_path, monkeypatch):
+    run(*train_flags(tmp_path, max_steps=1))
+    prompt_dir = ("generate", "--prompt_dir", tmp_path / "run")
+    expected = run(*prompt_dir, "When?")[:2]
+    monkeypatch.setattr("sys.stdin", io.StringIO("When?\n"))
+    assert run(*prompt_dir)[:2] == expected
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
+    assert error_of(run(*prompt_dir)) == "the question is empty"
+
+
+def test_the_same_command_again_trains_nothing(run, tmp_path):
+    flags = train_flags(tmp_path, max_steps=2)
+    run(*flags)
+    weights = tmp_path / "run/adapter_model.safetensors"
+    before = weights.stat().st_mtime_ns
+    code, out, _err = run(*flags)
+    assert code == 0
+    assert "nothing is left to train" in out
+    assert weights.stat().st_mtime_ns == before
+
+    message = error_of(run(*flags, "--learning_rate=0.5", "--beta=1"))
+    assert f"output_dir {tmp_path / 'run'} holds a run with other options: " in message
+    assert "beta: 'default' there, 1.0 now; learning_rate: 'default' there, 0.5 now." in message
+    assert "--overwrite_output_dir" in message
+    assert weights.stat().st_mtime_ns == before
+
+    code, out, _err = run(*flags, "--learning_rate=0.5", "--overwrite_output_dir")
+    assert code == 0
+    assert "Trained 2 steps" in out
+    assert weights.stat().st_mtime_ns != before
+
+
+def test_changed_data_is_another_run(run, tmp_path):
+    flags = train_flags(tmp_path, max_steps=2)
+    run(*flags)
+    write_lines(tmp_path / "train.jsonl", ["Another?"])
+    assert "other options: train_file_sha256: " in error_of(run(*flags))
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_saves_after_the_step(tmp_path, name):
+    number = signal.Signals[name]
+    flags = train_flags(tmp_path, max_steps=100_000, save_steps=10)
+    process = start(flags)
+    wait_for(tmp_path / "run/checkpoint-10/manifest.json", process)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert f"{name}: saving after this step" in err
+    assert "Traceback" not in err
+    step = int(out.split("Stopped after step ")[1].split()[0])
+    assert last_good_checkpoint(tmp_path / "run") == tmp_path / f"run/checkpoint-{step}"
+    assert "The same command goes on from there." in out
+
+
+def test_evaluation_during_training(run, tmp_path):
+    code, out, _err = run(*train_flags(tmp_path, max_steps=2, eval_strategy="steps", eval_steps=1))
+    assert code == 0
+    assert "loss on eval_file" in out
+
+
+# Usage: exit code 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], "unknown command 'trian'; did you mean train?"),
+        (
+            ["train", "--leanring_rate", "1"],
+            "unknown flag '--leanring_rate'; did you mean --learning_rate?",
+        ),
+        (["train", "--num-virtual-token=1"], "did you mean --num_virtual_tokens?"),
+        (["generate", "--zzz"], "unknown flag '--zzz'"),
+        (["eval"], "the following arguments are required: --prompt_dir"),
+        (["train", "--model=m", "--train_file=t"], "arguments are required: --output_dir"),
+        (["train", "--objective=kll"], "argument --objective: invalid choice: 'kll' (choose from"),
+        (["train", "--max_steps=many"], "argument --max_steps/--max-steps: invalid int value"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_usage(run, arguments, message):
+    assert message in usage_error_of(run(*arguments))
+
+
+def test_wrong_values(run, tmp_path):
+    flags = train_flags(tmp_path)
+    assert "num_virtual_tokens must be >= 1" in usage_error_of(
+        run(*flags, "--num_virtual_tokens=0")
+    )
+    assert "beta must be in [0, 1]: got 2.0" in usage_error_of(run(*flags, "--beta=2"))
+
+
+def test_help_is_short_and_names_the_commands(run):
+    code, out, _ = run("--help")
+    assert code == 0
+    assert all(name in out for name in ("train", "eval", "generate", "--config"))
+    assert run()[0] == 2
+
+
+# Config files
+
+
+def test_a_config_file_is_a_set_of_flags(run, tmp_path, monkeypatch):
+    train_flags(tmp_path)
+    (tmp_path / "configs").mkdir()
+    config = tmp_path / "configs/run.yaml"
+    config.write_text(
+        "model: ../model\ncontext_file: ../context.txt\ntrain_file: ../train.jsonl\n"
+        "output_dir: out\nnum_virtual_tokens: 3\nlearning_rate: 2e-2\nmax_steps: 9\n"
+        "disable_tqdm: true\nper_device_train_batch_size: 2\nmax_new_tokens: 5\neval_file:\n"
+    )
+    monkeypatch.chdir("/")
+    code, out, err = run("train", "--config", config, "--max_steps", 2)
+    assert code == 0, err
+    assert "Trained 2 steps" in out
+    assert "(3 virtual tokens)" in out
+    written = json.loads((tmp_path / "configs/out/run.json").read_text())
+    assert written["options"]["learning_rate"] == 0.02
+    assert written["inputs"]["model"] == str(tmp_path / "model")
+    assert written["inputs"]["eval_file"] is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rat: 1", ": unknown key 'learning_rat'; did you mean 'learning_rate'?"),
+        ("a: 1\nb: [1, 2\n", ":3:1: bad YAML: expected ',' or ']'"),
+        ("model: x\nmodel: y", ":2:1: bad YAML: key 'model' twice"),
+        ("- model", ': a config file holds lines of "name: value"'),
+        ("", ': a config file holds lines of "name: value"'),
+        (
+            "model: !!python/object/apply:os._exit [3]",
+            ":1:8: bad YAML: could not determine a constructor for the tag",
+        ),
+        ("objective: kll", "argument --objective: invalid choice: 'kll'"),
+        ("3: 4", ": unknown key 3"),
+    ],
+    ids=lambda value: value[:30],
+)
+def test_bad_config_files(run, tmp_path, text, message):
+    config = tmp_path / "c.yaml"
+    config.write_text(text)
+    error = usage_error_of(run("train", "--config", config))
+    assert message in error
+    assert message.startswith("argument") or error.startswith(str(config))
+
+
+def test_a_missing_config_file(run, tmp_path):
+    missing = tmp_path / "no.yaml"
+    assert error_of(run("train", "--config", missing)) == f"{missing}: No such file or directory"
+
+
+# What is said before the model loads
+
+
+@pytest.fixture
+def no_model(tmp_path):
+    """Flags whose model does not exist: an error about anything else came before it was loaded."""
+
+    def flags(**changes):
+        return train_flags(tmp_path, **{"model": "./no/such/model", **changes})
+
+    return flags
+
+
+def test_a_missing_model_is_named_and_nothing_is_left(run, tmp_path, no_model):
+    assert error_of(run(*no_model())) == "model directory './no/such/model' does not exist"
+    assert not (tmp_path / "run/run.json").exists()
+    assert run(*train_flags(tmp_path, max_steps=1))[0] == 0
+
+
+def test_an_occupied_output_directory(run, tmp_path, no_model):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/thesis.tex").touch()
+    for more in ([], ["--overwrite_output_dir"]):
+        message = error_of(run(*no_model(), *more))
+        assert f"output_dir {tmp_path / 'run'} is occupied: it holds 'thesis.tex'" in message
+    assert (tmp_path / "run/thesis.tex").exists()
+
+
+def test_an_output_directory_that_cannot_be_written(run, tmp_path, no_model):
+    (tmp_path / "file").touch()
+    where = tmp_path / "file/run"
+    message = error_of(run(*no_model(output_dir=where)))
+    assert message == f"cannot write to output_dir {where}: Not a directory"
+
+
+def test_an_output_directory_in_use(run, tmp_path, no_model):
+    holder = RunDirectory(tmp_path / "run", {}, inputs={}, overwrite=False)
+    message = error_of(run(*no_model()))
+    assert message == f"output_dir {tmp_path / 'run'} is in use: another process trains there"
+    assert holder.path.is_dir()
+
+
+def test_bad_data(run, tmp_path, no_model):
+    flags = no_model()
+    data = tmp_path / "train.jsonl"
+    assert error_of(run(*no_model(train_file=tmp_path / "x"))).startswith(
+        f"{tmp_path / 'x'}: No su"
+    )
+    data.write_text('{"prompt": }\n')
+    assert f"{data}:1:12: bad JSON: Expecting value" in error_of(run(*flags))
+    write_lines(data, QUESTIONS)
+    message = error_of(run(*no_model(context_file=None)))
+    assert f"{data}:1: no field 'context', and no --context_file" in message
+
+
+# What goes wrong later
+
+
+def test_too_long_for_the_model(run, tmp_path):
+    flags = train_flags(tmp_path)
+    write_lines(tmp_path / "train.jsonl", ["short", "long " * 100])
+    message = error_of(run(*flags))
+    assert message.startswith(f"{tmp_path / 'train.jsonl'}:2: context and query take ")
+    assert "the answer up to 7, but the model has 512 positions" in message
+
+
+def test_cut_answers_are_counted(run, tmp_path):
+    code, _, err = run(*train_flags(tmp_path, max_steps=1, max_new_tokens=1))
+    assert code == 0
+    assert "5 of 5 answers of the teacher reached max_new_tokens=1 and were cut there" in err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"
+        ),
+        MemoryError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_out_of_memory_names_the_levers(run, tmp_path, monkeypatch, error):
+    def fail(*args, **options):
+        raise error
+
+    monkeypatch.setattr(train.SoftPromptTrainer, "train", fail)
+    message = error_of(run(*train_flags(tmp_path)))
+    assert message.startswith("out of memory. Lower --per_device_train_batch_size (now 2) or ")
+    assert "--workspace_mib (now 256)" in message
+    assert "--gradient_accumulation_steps" in message
+
+
+def test_a_programming_error_keeps_its_traceback(run, tmp_path, monkeypatch):
+    def fail(*args, **options):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(train.SoftPromptTrainer, "train", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        run(*train_flags(tmp_path))
+
+
+def test_a_loss_that_is_not_finite_names_the_examples(run, tmp_path):
+    flags = train_flags(tmp_path, save_steps=100, max_grad_norm=0, learning_rate="3e38")
+    message = error_of(run(*flags))
+    assert message.startswith("The loss is nan at step ")
+    assert f"{tmp_path / 'train.jsonl'}:" in message
+    assert "lower learning_rate" in message
+
+
+def test_eval_and_generate_need_a_prompt(run, tmp_path):
+    for command in (["eval", "--eval_file=x"], ["generate", "hello"]):
+        code, _, err = run(*command, "--prompt_dir", tmp_path)
+        assert code == 1
+        assert "error: " in err
+    error = error_of(run("generate", "hello", "--prompt_dir", tmp_path))
+    assert error.startswith(f"{tmp_path} holds no saved soft prompt: no adapter_model")
+    assert "pass --eval_file" in error_of(run("eval", "--prompt_dir", tmp_path))
+
+
+def test_messages_cannot_drive_the_terminal(run, tmp_path):
+    data = tmp_path / "d.jsonl"
+    data.write_text('{"\\u001b[2J\\u202epromt\\u0007": "a", "x": 1}\n')
+    code, _, err = run("train", f"--train_file={data}", "--model=m", f"--output_dir={tmp_path}/o")
+    assert code == 1
+    assert "\x1b" not in err
+    assert "\x07" not in err
+    assert "\u202e" not in err
+    assert printable("a\x1b[31m\x9b\u2066b\ttab\nline é 漢") == (
+        "a\\x1b[31m\\x9b\\u2066b\ttab\nline é 漢"
+    )

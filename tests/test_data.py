@@ -1,0 +1,124 @@
+"""Reading data: every malformed file is refused with its place and the field's name."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from softprompt_fast import data
+from softprompt_fast.data import read_jsonl, read_text
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write_file(content: bytes | str):
+        path = tmp_path / "queries.jsonl"
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    return write_file
+
+
+LINE = '{{"prompt": "{}"}}\n'
+
+
+def test_reads_every_documented_form(write):
+    path = write(
+        '{"prompt": "one"}\n'
+        '{"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "two"}],'
+        ' "completion": "2", "context": "c", "id": 7}\n'
+        '{"prompt": [{"role": "user", "content": "three"},'
+        ' {"role": "assistant", "content": "3"}]}\n'
+        '{"prompt": "four", "completion": [{"role": "assistant", "content": "4"}]}'
+    )
+    one, two, three, four = read_jsonl(path)
+    assert one.messages == [{"role": "user", "content": "one"}]
+    assert (one.completion, one.context, one.source) == (None, None, f"{path}:1")
+    assert [m["role"] for m in two.messages] == ["system", "user"]
+    assert (two.completion, two.context) == ("2", "c")
+    assert three.messages == [{"role": "user", "content": "three"}]
+    assert three.completion == "3"
+    assert four.completion == "4"
+
+
+def test_mark_blank_lines_and_carriage_returns_change_nothing(write):
+    path = write(b'\xef\xbb\xbf{"prompt": "a"}\r\n\r\n  \n{"prompt": "b\xe2\x80\xa8c"}\r\n')
+    assert [(r.messages[0]["content"], r.source) for r in read_jsonl(path)] == [
+        ("a", f"{path}:1"),
+        ("b\u2028c", f"{path}:4"),
+    ]
+
+
+def _user(content) -> str:
+    return json.dumps({"messages": [{"role": "user", "content": content}]})
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "a",}', ":2:16: bad JSON: "),
+        ("{prompt: 1}", ":2:2: bad JSON: "),
+        ("[" * 200_000, ":2:1: bad JSON: nested too deeply"),
+        ('["a"]', ":2: expected a JSON object, got a list"),
+        ('{"prompt": "a", "prompt": "b"}', ":2: field 'prompt' appears twice"),
+        ('{"id": 3}', ":2: give 'prompt' or 'messages'; the line has neither ('id')"),
+        ('{"prompt": "a", "messages": []}', ":2: give 'prompt' or 'messages'; the line has both"),
+        ('{"promt": "a"}', ":2: unknown field 'promt'; did you mean 'prompt'?"),
+        ('{"prompt": "a", "Completion": "b"}', "'Completion'; did you mean 'completion'?"),
+        ('{"prompt": 3}', ":2: 'prompt' must be a string or a list of messages, got a number"),
+        ('{"prompt": []}', "'prompt' must be a string or a list of messages, got an empty list"),
+        ('{"prompt": " "}', ":2: 'prompt' is empty"),
+        ('{"prompt": "a", "completion": ""}', "'completion' is empty; leave it out"),
+        ('{"prompt": "a", "completion": true}', "'completion' must be a string, got a boolean"),
+        ('{"prompt": "a", "context": ["b"]}', "'context' must be a string, got a list"),
+        ('{"prompt": ["a"]}', "'prompt[0]' must be an object, got a string"),
+        ('{"messages": [{"role": "bot", "content": "a"}]}', "'messages[0].role' must be one of"),
+        (_user(None), "'messages[0].content' must be a string, got null"),
+        ('{"messages": [{"role": "system", "content": "a"}]}', "'messages' has no user message"),
+        (_user("a")[:-1] + ', "completion": []}', "'completion' must be a string or a list"),
+        ('{"prompt": "\\ud800"}', "'prompt' has half of a surrogate pair at character 0"),
+    ],
+    ids=lambda value: value[:40],
+)
+def test_a_bad_line_is_named(write, line, message):
+    path = write('{"prompt": "fine"}\n' + line + "\n")
+    with pytest.raises(ValueError, match=re.escape(f"{path}:2")) as caught:
+        read_jsonl(path)
+    assert message in str(caught.value)
+
+
+def test_two_answers_in_one_line_are_refused(write):
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    path = write(json.dumps({"messages": messages, "completion": "c"}))
+    with pytest.raises(ValueError, match="ends with an assistant message, and there is a 'compl"):
+        read_jsonl(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \r\n\n", b"\xef\xbb\xbf"])
+def test_a_file_without_records_is_refused(write, content):
+    path = write(content)
+    with pytest.raises(ValueError, match=re.escape(f"{path}: no records")):
+        read_jsonl(path)
+
+
+def test_not_utf8_gives_the_offset_in_the_file(write):
+    path = write(b'{"prompt": "a"}\n{"prompt": "\xff"}\n')
+    with pytest.raises(ValueError, match=r"not UTF-8: byte 0xff at offset 28"):
+        read_jsonl(path)
+
+
+def test_a_giant_line_stops_at_the_cap(write, monkeypatch):
+    monkeypatch.setattr(data, "MAX_LINE_BYTES", 40)
+    assert len(read_jsonl(write(LINE.format("a" * 25)))) == 1
+    with pytest.raises(ValueError, match=r":2: the line is longer than 40 bytes"):
+        read_jsonl(write(LINE.format("a") + LINE.format("a" * 26)))
+
+
+def test_context_text(write):
+    assert read_text(write(b"\xef\xbb\xbf\n Rules \r\n")) == "Rules"
+    with pytest.raises(ValueError, match="the file is empty; a context needs text"):
+        read_text(write(" \n"))
+    with pytest.raises(ValueError, match="not UTF-8: byte 0xe9 at offset 1"):
+        read_text(write(b"h\xe9"))

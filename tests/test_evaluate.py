@@ -1,0 +1,179 @@
+"""The comparison table against an oracle: one unpadded sequence at a time, materialised logits."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+import torch
+from rich.console import Console
+from toy import make_model, make_tokenizer
+from toy_run import CONTEXT, HELD_OUT, NEW_TOKENS, QUESTIONS
+
+from softprompt_fast.data import Record
+from softprompt_fast.evaluate import CONDITIONS, clustered_standard_error, evaluate
+from softprompt_fast.generate import generate
+from softprompt_fast.model import SoftPromptModel
+from softprompt_fast.prompting import cut_ids, student_layout, teacher_ids, tokenize_query
+from softprompt_fast.report import side_by_side, table
+from softprompt_fast.soft_prompt import SoftPrompt, SoftPromptConfig
+
+P = 4
+
+
+def make_records(questions=HELD_OUT, completion=None):
+    return [
+        Record(
+            messages=[{"role": "user", "content": question}],
+            completion=completion,
+            context=None,
+            source=f"held:{line}",
+        )
+        for line, question in enumerate(questions, start=1)
+    ]
+
+
+def make_prompt(model, **options):
+    options = {"num_virtual_tokens": P, "prompt_tuning_init": "random", **options}
+    return SoftPrompt.from_model(model, make_tokenizer(), SoftPromptConfig(**options), CONTEXT)
+
+
+def run(model, prompt, records=None, **options):
+    return evaluate(
+        model,
+        make_tokenizer(),
+        prompt,
+        make_records() if records is None else records,
+        CONTEXT,
+        **{"max_new_tokens": NEW_TOKENS, "batch_size": 2, "show_progress": False, **options},
+    )
+
+
+def oracle_inputs(model, prompt, query):
+    """What the model reads in each condition, as embeddings [L, D]."""
+    embed = model.get_input_embeddings()
+
+    def of(ids):
+        return embed(torch.tensor(ids, dtype=torch.long))
+
+    before, after = student_layout(query, prompt.config.placement)
+    return {
+        "full context": of(teacher_ids(query)),
+        "no context": of(query.plain),
+        "cut context": of(cut_ids(query, P)),
+        "soft prompt": torch.cat([of(before), prompt.embedding, of(after)]),
+    }
+
+
+def greedy(model, inputs):
+    end, ids = make_tokenizer().eos_token_id, []
+    while len(ids) < NEW_TOKENS and (not ids or ids[-1] != end):
+        more = model.get_input_embeddings()(torch.tensor(ids, dtype=torch.long))
+        logits = model(inputs_embeds=torch.cat([inputs, more])[None], use_cache=False).logits
+        ids.append(int(logits[0, -1].argmax()))
+    return ids
+
+
+def log_probs(model, inputs, ids):
+    """[n, V] fp64, at the positions that predict ``ids``."""
+    more = model.get_input_embeddings()(torch.tensor(ids[:-1], dtype=torch.long))
+    logits = model(inputs_embeds=torch.cat([inputs, more])[None], use_cache=False).logits
+    return logits[0, -len(ids) :].double().log_softmax(-1)
+
+
+@pytest.mark.parametrize("placement", ["system", "prefix"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])
+@torch.no_grad()
+def test_rows_and_answers_are_the_oracles(architecture, placement):
+    model = make_model(architecture)
+    prompt = make_prompt(model, placement=placement)
+    report = run(model, prompt)
+    kl, agree, nll = ({name: [] for name in CONDITIONS} for _ in range(3))
+    for record, shown in zip(make_records(), report["answers"], strict=True):
+        query = tokenize_query(make_tokenizer(), record.messages, CONTEXT)
+        inputs = oracle_inputs(model, prompt, query)
+        ids = greedy(model, inputs["full context"])
+        log_p = log_probs(model, inputs["full context"], ids)
+        for name in CONDITIONS:
+            log_q = log_probs(model, inputs[name], ids)
+            kl[name].append((log_p.exp() * (log_p - log_q)).sum(-1))
+            agree[name].append((log_p.argmax(-1) == log_q.argmax(-1)).double())
+            nll[name].append(-log_q[range(len(ids)), ids])
+            text = make_tokenizer().decode(greedy(model, inputs[name]), skip_special_tokens=True)
+            assert shown[name] == text.strip()
+    without = torch.cat(kl["no context"]).mean()
+    for name in CONDITIONS:
+        row = report["conditions"][name]
+        mean = torch.cat(kl[name]).mean().item()
+        assert row["kl"] == pytest.approx(mean, rel=1e-4, abs=1e-6)
+        assert row["top1_agreement"] == pytest.approx(torch.cat(agree[name]).mean().item())
+        assert row["perplexity"] == pytest.approx(
+            torch.cat(nll[name]).mean().exp().item(), rel=1e-4
+        )
+        assert row["kl_recovered"] == pytest.approx(1 - mean / without.item(), abs=1e-4)
+    assert report["kl_recovered"] == report["conditions"]["soft prompt"]["kl_recovered"]
+    assert report["conditions"]["no context"]["kl"] > 0.01
+
+
+def test_the_contexts_own_embeddings_recover_everything():
+    model = make_model()
+    length = len(make_tokenizer()(CONTEXT)["input_ids"])
+    report = run(model, make_prompt(model, num_virtual_tokens=length, prompt_tuning_init="context"))
+    assert report["conditions"]["soft prompt"]["kl"] <= 1e-6
+    assert report["conditions"]["cut context"]["kl"] <= 1e-6
+    assert report["kl_recovered"] == pytest.approx(1, abs=1e-5)
+
+
+def test_answers_of_the_data_are_scored_as_they_are():
+    """Then the most probable token need not be the answer's, and the two measures differ."""
+    report = run(make_model(), make_prompt(make_model()), make_records(completion="Yes!"))
+    end = 1
+    assert report["answer_tokens"] == len(HELD_OUT) * (len(b"Yes!") + end)
+    assert report["conditions"]["full context"]["perplexity"] > 2
+    assert report["conditions"]["full context"]["top1_agreement"] == 1
+
+
+def test_the_standard_error_counts_an_answer_as_one_observation():
+    values = torch.tensor([1.0, 3.0, 2.0, 8.0, 5.0, 5.0], dtype=torch.float64)
+    means = values.view(3, 2).mean(1)
+    expected = (means.std() / 3**0.5).item()
+    error = clustered_standard_error(values, torch.tensor([2, 2, 2]))
+    assert error == pytest.approx(expected)
+    # The same observations again and again carry no news.
+    again = clustered_standard_error(values.repeat_interleave(5), torch.tensor([10, 10, 10]))
+    assert again == pytest.approx(expected)
+    assert clustered_standard_error(values, torch.tensor([6])) is None
+
+
+@torch.no_grad()
+def test_answers_do_not_depend_on_the_batch():
+    model = make_model()
+    student = SoftPromptModel(model, make_prompt(model))
+    queries = [
+        tokenize_query(make_tokenizer(), r.messages, CONTEXT) for r in make_records(QUESTIONS)
+    ]
+    options = {"max_new_tokens": NEW_TOKENS, "show_progress": False}
+    together = generate(student, make_tokenizer(), queries, batch_size=5, **options)
+    alone = [generate(student, make_tokenizer(), [query], **options)[0] for query in queries]
+    assert together == alone
+    assert len(set(together)) > 1
+
+
+def test_the_report_is_json_and_its_tables_are_plain_text():
+    report = json.loads(json.dumps(run(make_model(), make_prompt(make_model()), num_samples=1)))
+    assert (report["queries"], report["num_virtual_tokens"], len(report["answers"])) == (3, P, 1)
+    report["answers"][0]["soft prompt"] = "a[red]b\x1b[2J\x07c"
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(table(report))
+    console.print(side_by_side(report))
+    text = console.export_text()
+    assert "soft prompt (4 tokens)" in text
+    assert "KL recovered" in text
+    assert r"a[red]b\x1b[2J\x07c" in text
+    assert "\x1b" not in text
+
+
+def test_no_queries_are_refused():
+    with pytest.raises(ValueError, match="evaluation needs at least one query"):
+        run(make_model(), make_prompt(make_model()), [])

