@@ -8,6 +8,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 TORCH  ?= torch==2.13.0
 MODEL  := models/smollm2-135m-instruct
 RUN    := runs/handbook
+QUESTION := What does it cost to fix a flat tire?
 
 SOURCES := $(shell find csrc kernels softprompt_fast -name '*.py' -o -name '*.cpp' -o -name '*.h') \
            pyproject.toml setup.py
@@ -18,6 +19,8 @@ SOURCES := $(shell find csrc kernels softprompt_fast -name '*.py' -o -name '*.cp
 demo: $(MODEL)/config.json
 	$(BIN)/softprompt-fast train --config examples/handbook.yaml --model $(MODEL) --output_dir $(RUN)
 	$(BIN)/softprompt-fast eval --prompt_dir $(RUN)
+	@echo 'Asked with the soft prompt alone: "$(QUESTION)"'
+	@$(BIN)/softprompt-fast generate --prompt_dir $(RUN) "$(QUESTION)"
 
 test: $(VENV)/dev
 	$(BIN)/pytest

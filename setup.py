@@ -4,6 +4,7 @@ Without a C++ compiler the package still installs; ``softprompt_fast.backends.av
 says why the "cpp" backend is missing.
 """
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -12,11 +13,20 @@ import torch
 from setuptools import setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
-FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-ffp-contract=off", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas"]
+# fp-contract: csrc/cpu/simd.h says which products are fused with which sums
+FLAGS = [
+    "-O3",
+    "-std=c++20",
+    "-fopenmp",
+    "-ffp-contract=off",
+    "-Wall",
+    "-Wno-psabi",
+    "-Wno-unknown-pragmas",
+]
 
 
 def extensions() -> list:
-    if not (shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")):
+    if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
         print(
             "softprompt_fast: no C++ compiler found, installing without the cpp backend",
             file=sys.stderr,

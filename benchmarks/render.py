@@ -1,0 +1,159 @@
+"""Writes every figure of README.md and docs/ from the files in benchmarks/results/.
+
+    python benchmarks/render.py
+
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; pictures go to docs/images/.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+OURS, PEER, FLOOR = "#c2410c", "#94a3b8", "#334155"
+
+
+def read(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / name).read_text())
+
+
+def faithfulness_table() -> str:
+    """What each condition of the example knows of the full context."""
+    report = read("handbook.json")
+    P, context = report["num_virtual_tokens"], report["context_tokens"]
+    sizes = {
+        "full context": context,
+        "no context": 0,
+        "cut context": P,
+        "soft prompt": P,
+    }
+    lines = [
+        "| the model reads | tokens in the context's place | KL to the full context, nats per "
+        "answer token | same top token | perplexity of the answer | KL recovered |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for name, row in report["conditions"].items():
+        lines.append(
+            f"| {name} | {sizes[name]} | {row['kl']:.3f} ± {row['kl_standard_error']:.3f} | "
+            f"{row['top1_agreement']:.1%} | {row['perplexity']:.2f} | {row['kl_recovered']:.1%} |"
+        )
+    return "\n".join(lines)
+
+
+def cpu_table() -> str:
+    """Time and memory of the losses, from ``make bench``."""
+    lines = [
+        "| head | T | loss | implementation | ms | bare passes | of the floor | peak MiB | "
+        "gradient error |",
+        "|---|---:|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in read("cpu.json")["rows"]:
+        lines.append(
+            f"| {row['model']} ({row['D']} × {row['V']}) | {row['T']} | {row['loss']} | "
+            f"{row['implementation']} | {row['milliseconds']:.0f} | {row['passes']:.2f} | "
+            f"{row['ratio']:.2f} | {row['peak_mib']:.0f} | {row['gradient_error']:.1e} |"
+        )
+    return "\n".join(lines)
+
+
+def machine_line() -> str:
+    machine = read("cpu.json")["machine"]
+    return (
+        f"{machine['cpu']}, {machine['threads']} threads, {machine['instruction_set']}, "
+        f"torch {machine['torch']}, commit {machine['commit']}."
+    )
+
+
+def handbook_line() -> str:
+    run, report = read("handbook_run.json"), read("handbook.json")
+    return (
+        f"{report['context_tokens']} context tokens became {report['num_virtual_tokens']} virtual "
+        f"tokens in {run['steps']} steps, {run['seconds']:.0f} s on 2 CPU cores; measured on "
+        f"{report['queries']} held-out queries, {report['answer_tokens']} answer tokens."
+    )
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "faithfulness": faithfulness_table,
+    "cpu": cpu_table,
+    "machine": machine_line,
+    "handbook": handbook_line,
+}
+
+
+def overview_picture() -> None:
+    """Left: what the soft prompt recovers. Right: what the losses cost."""
+    report, rows = read("handbook.json"), read("cpu.json")["rows"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6), width_ratios=[1, 1.15])
+
+    P = report["num_virtual_tokens"]
+    labels = {
+        "no context": "no context",
+        "cut context": f"context cut\nto {P} tokens",
+        "soft prompt": f"soft prompt,\n{P} tokens",
+    }
+    for position, (name, label) in enumerate(labels.items()):
+        row = report["conditions"][name]
+        left.bar(
+            position,
+            row["kl"],
+            yerr=row["kl_standard_error"],
+            color=OURS if name == "soft prompt" else PEER,
+            width=0.6,
+            capsize=4,
+        )
+        labels[name] = label
+    left.set_xticks(range(len(labels)), labels.values())
+    left.set_ylabel("nats per answer token")
+    left.set_title(f"KL to the full context ({report['context_tokens']} tokens)", fontsize=11)
+
+    shape = rows[0]["model"], rows[0]["T"]
+    shown = [row for row in rows if (row["model"], row["T"]) == shape]
+    losses = list(dict.fromkeys(row["loss"] for row in shown))
+    for offset, (name, color) in enumerate((("PyTorch", PEER), ("softprompt_fast", OURS))):
+        for position, loss in enumerate(losses):
+            row = next(r for r in shown if (r["loss"], r["implementation"]) == (loss, name))
+            bar = right.barh(position + 0.36 * offset, row["passes"], 0.34, color=color, label=name)
+            right.bar_label(
+                bar, [f" {row['passes']:.1f} passes, {row['peak_mib']:.0f} MiB"], fontsize=9
+            )
+            right.plot([row["floor"]] * 2, [position - 0.2, position + 0.56], "--", color=FLOOR)
+    right.set_yticks([0.18 + i for i in range(len(losses))], losses)
+    right.set_xlim(0, 1.45 * max(row["passes"] for row in shown))
+    right.set_xlabel("bare torch.mm passes over the head (dashed: what the loss needs)")
+    title = "Forward + backward, {model}: T={T} D={D} V={V}, 2 CPU cores".format(**shown[0])
+    right.set_title(title, fontsize=11)
+    handles, names = right.get_legend_handles_labels()
+    unique = dict(zip(names, handles, strict=True))
+    right.legend(unique.values(), unique.keys(), loc="upper right", frameon=False, fontsize=9)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(ROOT / "docs" / "images" / "overview.png", dpi=150)
+
+
+def main() -> None:
+    for page in PAGES:
+        text = page.read_text()
+        for name, render in TABLES.items():
+            block = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+            if block.search(text):
+                content = render()
+                text = block.sub(lambda m, c=content: f"{m[1]}{c}\n{m[2]}", text)
+        page.write_text(text)
+    overview_picture()
+
+
+if __name__ == "__main__":
+    main()
