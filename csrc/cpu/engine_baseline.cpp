@@ -15,6 +15,7 @@ namespace softprompt_fast::baseline {
 #include "simd.h"
 #include "products.h"
 #include "tiles.h"
+#include "layout.h"
 #include "engine.h"
 }  // namespace softprompt_fast::baseline
 

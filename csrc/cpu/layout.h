@@ -1,0 +1,68 @@
+// Where the engine keeps what it writes beside loss and gradient: one block of memory, planned once.
+//
+// Legend: D hidden width, V vocabulary, SEGMENTS parts of the vocabulary with sums of their own.
+
+constexpr int64_t SEGMENTS = 8;
+
+SPF_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// Everything that the engine writes beside loss and gradient, in one block of memory.
+class Layout {
+ public:
+  struct Scratch {  // of one thread
+    float *z[2], *dz, *packed, *converted[2], *bias[2];
+  };
+  float *hidden[2], *stored[2], *dh;
+  Softmax softmax[2];
+  Peak peak;
+  float *value, *slope, *z_target, *missing, *nll;  // missing: 1 - q_target
+  Rows rows;
+  int64_t size;
+
+  Layout(const TokenLoss& p, float* base) : p(p) {
+    Cursor at{base};
+    const int64_t n = p.rows;
+    for (int s = 0; s < p.streams; s++) {
+      hidden[s] = at.take(n * p.heads[s].D);
+      stored[s] = at.take(p.stored ? n * p.V : 0);
+      softmax[s] = {at.take(SEGMENTS * n), at.take(SEGMENTS * n), at.take(SEGMENTS * n)};
+    }
+    dh = at.take(p.dhidden ? SEGMENTS * n * round_up(p.heads[0].D, TILE) : 0);
+    value = at.take(SEGMENTS * n), slope = at.take(SEGMENTS * n);
+    z_target = at.take(n), missing = at.take(n), nll = at.take(n);
+    peak = {at.take(SEGMENTS * n), at.take(SEGMENTS * n)};
+    rows = {{at.take(n), at.take(n)}, {at.take(n), at.take(n)}, {at.take(n), at.take(n)}, at.take(n)};
+    scratch_base = at.next;
+    scratch_size = 0;
+    scratch(0, &scratch_size);
+    size = (scratch_base - base) + scratch_size * p.threads;
+  }
+
+  Scratch scratch(int thread, int64_t* taken = nullptr) const {
+    Cursor at{scratch_base + scratch_size * thread};
+    float* begin = at.next;
+    Scratch out{};
+    for (int s = 0; s < p.streams; s++) {
+      out.z[s] = at.take(BLOCK * PANEL);
+      out.bias[s] = at.take(BLOCK);
+      out.converted[s] = at.take(p.dtype == Dtype::f32 ? 0 : BLOCK * p.heads[s].D);
+    }
+    out.dz = at.take(BLOCK * PANEL);
+    out.packed = at.take(p.dhidden ? BLOCK * round_up(p.heads[0].D, TILE) : 0);
+    if (taken) *taken = at.next - begin;
+    return out;
+  }
+
+ private:
+  struct Cursor {
+    float* next;
+    float* take(int64_t n) {  // whole cache lines
+      float* p = next;
+      next += round_up(n, 16);
+      return p;
+    }
+  };
+  const TokenLoss& p;
+  float* scratch_base;
+  int64_t scratch_size;
+};
