@@ -39,7 +39,7 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
 @pytest.mark.parametrize(
     ("capability", "name"), [("default", "baseline"), ("avx2", "avx2"), ("avx512", "avx512")]
 )
-def test_an_instruction_set_computes_the_losses(capability: str, name: str) -> None:
+def test_an_instruction_set_computes_the_losses(tmp_path, capability: str, name: str) -> None:
     order = ["DEFAULT", "AVX2", "AVX512"]
     here = torch.backends.cpu.get_cpu_capability()
     if here not in order or order.index(capability.upper()) > order.index(here):
@@ -47,6 +47,11 @@ def test_an_instruction_set_computes_the_losses(capability: str, name: str) -> N
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
     script = SCRIPT.replace("INSTRUCTION_SET", repr(name))
     result = subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", script],
+        cwd=tmp_path,  # not the checkout: the installed package is tested
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert result.returncode == 0, result.stderr
