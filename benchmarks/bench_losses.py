@@ -17,8 +17,8 @@ import torch
 from peak_memory import peak_mib
 from problems import COMPARISONS, SHAPES, Comparison, Shape, Tensors, gradient
 
-ROUNDS = 9
-CHECKED_ROWS = 32
+ROUNDS = 7
+CHECKED_ROWS = 16
 CASES = [
     pytest.param(shape, loss, implementation, id=f"{shape}-{loss}-{implementation}")
     for shape in SHAPES

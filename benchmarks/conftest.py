@@ -29,7 +29,10 @@ def record_row(request: pytest.FixtureRequest):
     """Call with the figures of one benchmark; they are kept whatever happens to the next one."""
 
     def record(*, shape, **figures) -> None:
-        request.config.stash[ROWS].append({**asdict(shape), **figures})
+        rows = request.config.stash[ROWS]
+        rows.append({**asdict(shape), **figures})
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
 
     return record
 
@@ -56,7 +59,6 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     rows = config.stash[ROWS]
     if not rows:
         return
-    RESULTS.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
     table = Table("shape", "loss", "implementation")
     for title in ("ms", "passes", "of floor", "MiB"):
         table.add_column(title, justify="right")

@@ -29,7 +29,7 @@ class Shape:
 SHAPES = [
     Shape(model="SmolLM2-135M", T=1024, D=576, V=49152),
     Shape(model="SmolLM2-135M", T=64, D=576, V=49152),
-    Shape(model="Gemma-3-1B", T=256, D=1152, V=262144),
+    Shape(model="Gemma-3-1B", T=128, D=1152, V=262144),
 ]
 
 
