@@ -44,9 +44,7 @@ bench: $(VENV)/dev
 
 # The figures of README.md and docs/: from the last bench and the last demo.
 docs: $(VENV)/dev
-	cp $(RUN)/evaluation.json benchmarks/results/handbook.json
-	cp $(RUN)/run.json benchmarks/results/handbook_run.json
-	$(BIN)/python benchmarks/render.py
+	$(BIN)/python benchmarks/render.py $(RUN)
 
 clean:
 	rm -rf build *.egg-info

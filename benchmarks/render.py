@@ -1,6 +1,6 @@
 """Writes every figure of README.md and docs/ from the files in benchmarks/results/.
 
-    python benchmarks/render.py
+    python benchmarks/render.py [RUN_DIR]     # with RUN_DIR: the figures of that demo run first
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; pictures go to docs/images/.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,22 @@ def read(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / name).read_text())
 
 
+def keep_run(directory: Path) -> None:
+    """The figures of a finished and evaluated run, without the paths of the machine it ran on."""
+    report = json.loads((directory / "evaluation.json").read_text())
+    run = json.loads((directory / "run.json").read_text())
+    report["model"] = Path(report["model"]).name
+    kept = {
+        "handbook.json": {k: v for k, v in report.items() if not k.endswith("_file")},
+        "handbook_run.json": {
+            **{k: run[k] for k in ("objective", "steps", "seconds", "versions")},
+            "options": {k: v for k, v in run["options"].items() if k != "model"},
+        },
+    }
+    for name, value in kept.items():
+        (RESULTS / name).write_text(json.dumps(value, indent=1) + "\n")
+
+
 def faithfulness_table() -> str:
     """What each condition of the example knows of the full context."""
     report = read("handbook.json")
@@ -43,9 +60,10 @@ def faithfulness_table() -> str:
         "answer token | same top token | perplexity of the answer | KL recovered |",
         "|---|---:|---:|---:|---:|---:|",
     ]
-    for name, row in report["conditions"].items():
+    for name, size in sizes.items():
+        row = report["conditions"][name]
         lines.append(
-            f"| {name} | {sizes[name]} | {row['kl']:.3f} ± {row['kl_standard_error']:.3f} | "
+            f"| {name} | {size} | {row['kl']:.3f} ± {row['kl_standard_error']:.3f} | "
             f"{row['top1_agreement']:.1%} | {row['perplexity']:.2f} | {row['kl_recovered']:.1%} |"
         )
     return "\n".join(lines)
@@ -126,13 +144,19 @@ def overview_picture() -> None:
             row = next(r for r in shown if (r["loss"], r["implementation"]) == (loss, name))
             bar = right.barh(position + 0.36 * offset, row["passes"], 0.34, color=color, label=name)
             right.bar_label(
-                bar, [f" {row['passes']:.1f} passes, {row['peak_mib']:.0f} MiB"], fontsize=9
+                bar,
+                [f"{row['passes']:.1f} passes, {row['peak_mib']:.0f} MiB"],
+                padding=4,
+                fontsize=9,
+                backgroundcolor="white",
             )
-            right.plot([row["floor"]] * 2, [position - 0.2, position + 0.56], "--", color=FLOOR)
+            right.plot(
+                [row["floor"]] * 2, [position - 0.2, position + 0.56], "--", color=FLOOR, zorder=0
+            )
     right.set_yticks([0.18 + i for i in range(len(losses))], losses)
     right.set_xlim(0, 1.45 * max(row["passes"] for row in shown))
     right.set_xlabel("bare torch.mm passes over the head (dashed: what the loss needs)")
-    title = "Forward + backward, {model}: T={T} D={D} V={V}, 2 CPU cores".format(**shown[0])
+    title = "Forward + backward, T={T} D={D} V={V}, 2 CPU cores".format(**shown[0])
     right.set_title(title, fontsize=11)
     handles, names = right.get_legend_handles_labels()
     unique = dict(zip(names, handles, strict=True))
@@ -144,6 +168,8 @@ def overview_picture() -> None:
 
 
 def main() -> None:
+    if len(sys.argv) > 1:
+        keep_run(Path(sys.argv[1]))
     for page in PAGES:
         text = page.read_text()
         for name, render in TABLES.items():
