@@ -9,34 +9,29 @@ from torch import Tensor, nn
 from .losses import linear_kl, linear_nll
 
 
-class LinearNLLLoss(nn.Module):
-    """``linear_nll``, its options fixed: ``LinearNLLLoss(**options)(hidden, weight, targets)``."""
-
+class _WithOptions(nn.Module):
     def __init__(self, **options: Any) -> None:
         super().__init__()
         self.options = options
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+class LinearNLLLoss(_WithOptions):
+    """``linear_nll``, its options fixed: ``LinearNLLLoss(**options)(hidden, weight, targets)``."""
 
     def forward(self, hidden: Tensor, weight: Tensor, targets: Tensor, **tensors: Any) -> Tensor:
         """``tensors``: bias, token_weight, or any option for this call only."""
         return linear_nll(hidden, weight, targets, **{**self.options, **tensors})
 
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
-
-class LinearKLLoss(nn.Module):
+class LinearKLLoss(_WithOptions):
     """``linear_kl``, its options fixed: ``LinearKLLoss(beta=0.5)(hidden, weight, teacher)``."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__()
-        self.options = options
 
     def forward(self, hidden: Tensor, weight: Tensor, teacher: Tensor, **tensors: Any) -> Tensor:
         """``tensors``: labels, bias, teacher_weight, token_weight, or any option for this call."""
         return linear_kl(hidden, weight, teacher, **{**self.options, **tensors})
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
 
 def linear_cross_entropy(

@@ -181,8 +181,8 @@ class Chunk {
     const float *z = again<NV>(0, block, panel, scratch), *z_teacher = again<NV>(1, block, panel, scratch);
     const int64_t first = segment * p.rows + panel * PANEL;
     with_divergence([&](auto divergence) {
-      divergence_sums<NV, decltype(divergence)>(z, z_teacher, block.n, rows(panel), p.beta, at.value + first,
-                                        at.slope + first);
+      divergence_sums<NV, decltype(divergence)>(z, z_teacher, block.n, rows(panel), p.beta,
+                                                at.value + first, at.slope + first);
     });
   }
 
@@ -204,9 +204,9 @@ class Chunk {
       with_divergence([&](auto divergence) {
         if (!measured_early)
           divergence_sums<NV, decltype(divergence)>(z, z_teacher, block.n, rows(panel), p.beta,
-                                            at.value + first, at.slope + first);
-        divergence_gradient<NV, decltype(divergence)>(z, z_teacher, block.n, rows(panel), p.beta, p.alpha,
-                                              p.targets, dz);
+                                                    at.value + first, at.slope + first);
+        divergence_gradient<NV, decltype(divergence)>(z, z_teacher, block.n, rows(panel), p.beta,
+                                                      p.alpha, p.targets, dz);
       });
     }
     transform.template chain<NV>(z, block.n, dz);
