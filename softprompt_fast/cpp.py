@@ -1,8 +1,8 @@
 """The engine of the cpp backend: plans the workspace, then hands the whole loss to csrc/cpu.
 
 The compiled engine never forms [T, V]: it computes tiles of logits that stay in the core's cache
-and, where the workspace allows, keeps the logits of a few hundred rows between its two sweeps of
-the head. Where it does not, the second sweep computes them again.
+and, where the workspace allows, keeps the logits of a few hundred rows between its sweeps of the
+head. Where it does not, the later sweeps compute them again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ def token_loss(problem: Problem) -> tuple[Tensor, Tensor]:
     tokens, width = hidden.shape
     loss = hidden.new_empty(tokens, dtype=torch.float32)
     dhidden = hidden.new_empty((tokens if problem.with_grad else 0, width), dtype=torch.float32)
-    rows, stored, threads, floats = plan(problem)
+    threads = torch.get_num_threads()
+    rows, stored, floats = plan(problem, threads)
     torch.ops.softprompt_fast_C.token_loss_(
         hidden,
         problem.weight.contiguous(),
@@ -53,24 +54,23 @@ def _contiguous(value: Tensor | None) -> Tensor | None:
     return None if value is None else value.contiguous()
 
 
-def plan(problem: Problem) -> tuple[int, bool, int, int]:
-    """(rows in a chunk, keep logits between the sweeps?, threads, workspace in fp32 numbers)."""
+def plan(problem: Problem, threads: int) -> tuple[int, bool, int]:
+    """(rows in a chunk, keep their logits between the sweeps?, workspace in fp32 numbers)."""
     panel = torch.ops.softprompt_fast_C.panel_rows()
     needed = -(-max(1, problem.hidden.shape[0]) // panel) * panel
     largest = max(panel, min(needed, MAX_ROWS // panel * panel))
     second_sweep = problem.with_grad or problem.teacher is not None
     for stored in (True, False) if second_sweep else (False,):
         for rows in range(largest, 0, -panel):
-            threads, floats = _workspace(problem, rows, stored)
+            floats = _workspace_floats(problem, rows, stored, threads)
             if 4 * floats <= problem.workspace_mib * 2**20:
-                return rows, stored, threads, floats
+                return rows, stored, floats
     checks.workspace(4 * floats, problem.workspace_mib, f"a panel of {panel} rows")
     raise AssertionError("the smallest plan fits, or checks.workspace has raised")
 
 
-def _workspace(problem: Problem, rows: int, stored: bool) -> tuple[int, int]:
-    threads = torch.get_num_threads()
-    floats = torch.ops.softprompt_fast_C.workspace_floats(
+def _workspace_floats(problem: Problem, rows: int, stored: bool, threads: int) -> int:
+    return torch.ops.softprompt_fast_C.workspace_floats(
         rows,
         problem.hidden.shape[1],
         0 if problem.teacher is None else problem.teacher.shape[1],
@@ -80,4 +80,3 @@ def _workspace(problem: Problem, rows: int, stored: bool) -> tuple[int, int]:
         problem.weight.dtype != torch.float32,
         threads,
     )
-    return threads, floats

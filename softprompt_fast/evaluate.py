@@ -72,8 +72,9 @@ def evaluate(
     lengths = torch.tensor([len(example.answer.ids) for example in examples])
     targets = torch.tensor([token for example in examples for token in example.answer.ids])
     options = {"backend": backend, "workspace_mib": workspace_mib, "reduction": "none"}
+    top1 = _most_probable(student.head, hidden[FULL])
     rows = {
-        name: _row(student.head, hidden[name], hidden[FULL], targets, lengths, options)
+        name: _row(student.head, hidden[name], hidden[FULL], top1, targets, lengths, options)
         for name in CONDITIONS
     }
     without = rows[NONE]["kl"]
@@ -157,28 +158,34 @@ def _row(
     head: OutputHead,
     hidden: Tensor,
     teacher_hidden: Tensor,
+    teacher_top1: Tensor,
     targets: Tensor,
     lengths: Tensor,
     options: dict[str, Any],
 ) -> dict[str, Any]:
-    """One line of the table. hidden, teacher_hidden: [T, D]; targets: [T]; lengths: one a query."""
+    """One line of the table.
+
+    hidden, teacher_hidden: [T, D]; teacher_top1, targets: [T]; lengths: one a query.
+    """
     device = head.weight.device
     hidden, teacher_hidden = hidden.to(device), teacher_hidden.to(device)
     options = {**options, **head.loss_options()}
     kl = linear_kl(hidden, head.weight, teacher_hidden, **options).double().cpu()
     nll = linear_nll(hidden, head.weight, targets.to(device), **options).double().cpu()
-    agree = [
-        head.logits(mine).argmax(-1) == head.logits(theirs).argmax(-1)
-        for mine, theirs in zip(
-            hidden.split(LOGIT_ROWS), teacher_hidden.split(LOGIT_ROWS), strict=True
-        )
-    ]
+    agree = _most_probable(head, hidden) == teacher_top1
     return {
         "kl": kl.mean().item(),
         "kl_standard_error": clustered_standard_error(kl, lengths),
-        "top1_agreement": torch.cat(agree).double().mean().item(),
+        "top1_agreement": agree.double().mean().item(),
         "perplexity": nll.mean().exp().item(),
     }
+
+
+@torch.no_grad()
+def _most_probable(head: OutputHead, hidden: Tensor) -> Tensor:
+    """The most probable token at each position, [T] on the CPU.    hidden: [T, D]"""
+    parts = hidden.to(head.weight.device).split(LOGIT_ROWS)
+    return torch.cat([head.logits(part).argmax(-1) for part in parts]).cpu()
 
 
 def clustered_standard_error(values: Tensor, lengths: Tensor) -> float | None:

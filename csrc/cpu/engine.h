@@ -9,6 +9,11 @@
 // Work is divided by the vocabulary as well as by rows, so that sixteen tokens keep all cores busy. Each
 // segment has sums of its own, added in order at the end: the result does not depend on the threads.
 
+#include "simd.h"
+#include "products.h"
+#include "tiles.h"
+#include "layout.h"
+
 // BLOCK entries of the vocabulary, as fp32.
 struct Block {
   int64_t first, n;

@@ -18,10 +18,6 @@
 #define SPF_VECTOR_BYTES 32
 
 namespace softprompt_fast::avx2 {
-#include "simd.h"
-#include "products.h"
-#include "tiles.h"
-#include "layout.h"
 #include "engine.h"
 }  // namespace softprompt_fast::avx2
 

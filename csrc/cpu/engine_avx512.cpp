@@ -18,10 +18,6 @@
 #define SPF_VECTOR_BYTES 64
 
 namespace softprompt_fast::avx512 {
-#include "simd.h"
-#include "products.h"
-#include "tiles.h"
-#include "layout.h"
 #include "engine.h"
 }  // namespace softprompt_fast::avx512
 

@@ -12,10 +12,6 @@
 #define SPF_VECTOR_BYTES 16
 
 namespace softprompt_fast::baseline {
-#include "simd.h"
-#include "products.h"
-#include "tiles.h"
-#include "layout.h"
 #include "engine.h"
 }  // namespace softprompt_fast::baseline
 
