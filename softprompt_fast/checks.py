@@ -129,7 +129,7 @@ def numbers(
         raise ValueError(f"workspace_mib must be above 0 MiB: got {options.workspace_mib}.")
 
 
-def workspace(needed_bytes: int, workspace_mib: float, what: str) -> None:
+def workspace(needed_bytes: float, workspace_mib: float, what: str) -> None:
     """The smallest piece of work must fit the workspace."""
     if needed_bytes > workspace_mib * 2**20:
         raise ValueError(

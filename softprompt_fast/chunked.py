@@ -1,10 +1,16 @@
 """The engine of the row-kernel backends: logits of a chunk, row kernel, gradient of the chunk.
 
-Legend: T tokens, C rows in a chunk, D hidden width, V vocabulary. Logits are fp32 whatever the
-inputs are.
+The logits of a chunk are written once, overwritten with their gradient a few rows at a time, and
+multiplied back. What the row kernels allocate on the way stays small, and in the cache.
+
+Legend: T tokens, C rows in a chunk, R rows in a call of the row kernels, D hidden width,
+V vocabulary. Logits are fp32 whatever the inputs are.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,39 +23,78 @@ from .rows import divergence_rows, sparse_target_rows
 # rows keeps a token's loss the same in whatever batch it sits (measured on MKL: 1, 2, 3 and 5
 # differ).
 ROW_MULTIPLE = 8
-# [C, V] fp32 buffers alive at once in the row kernels: targets alone, and with a teacher.
-BUFFERS_NLL = 7
+# The row kernels take as few as this many rows at a time.
+LEAST_GROUP = 4
+# [R, V] fp32 buffers alive at once in the row kernels: targets alone, and with a teacher.
+BUFFERS_NLL = 5
 BUFFERS_DIVERGENCE = 20
+# Parts of the workspace: a block of a half-precision head in fp32, and the row kernels' buffers.
+HEAD_SHARE = 1 / 8
+ROWS_SHARE = 1 / 8
+
+
+class Plan(NamedTuple):
+    """How the workspace is spent."""
+
+    chunk: int  # C
+    group: int  # R
+    head_floats: int  # fp32 numbers of the head at a time, where it is not fp32
 
 
 def token_loss(problem: Problem) -> tuple[Tensor, Tensor]:
     """loss [T] fp32, dhidden [T, D] fp32 (empty without gradient)."""
     tokens = len(problem.hidden)
     problem = problem.padded_to_multiple(ROW_MULTIPLE)
-    hidden = problem.hidden
-    loss = hidden.new_empty(len(hidden), dtype=torch.float32)
-    with_grad = len(hidden) if problem.with_grad else 0
-    dhidden = hidden.new_empty((with_grad, hidden.shape[1]), dtype=torch.float32)
-    step = chunk_rows(problem)
-    for start in range(0, len(hidden), step):
-        _chunk(problem, slice(start, start + step), loss, dhidden)
+    padded, width = problem.hidden.shape
+    plan = plan_workspace(problem)
+    empty = problem.hidden.new_empty
+    loss = empty(padded, dtype=torch.float32)
+    dhidden = empty((padded if problem.with_grad else 0, width), dtype=torch.float32)
+    logits = empty((len(problem.heads), plan.chunk, len(problem.weight)), dtype=torch.float32)
+    head = empty(plan.head_floats, dtype=torch.float32)
+    for start in range(0, padded, plan.chunk):
+        rows = slice(start, min(start + plan.chunk, padded))
+        chunk = logits[:, : rows.stop - rows.start]
+        for z, (hidden, weight, _) in zip(chunk, problem.heads, strict=True):
+            _project(hidden[rows], weight, head, z)
+        for first in range(0, chunk.shape[1], plan.group):
+            group = chunk[:, first : first + plan.group]
+            _row_kernels(problem, slice(start + first, start + first + group.shape[1]), group, loss)
+        if problem.with_grad:
+            _project_back(chunk[0], problem.weight, head, dhidden[rows])
     return loss[:tokens], dhidden[:tokens]
 
 
-def chunk_rows(problem: Problem) -> int:
-    """As many rows as the workspace holds, a multiple of ROW_MULTIPLE."""
+def plan_workspace(problem: Problem) -> Plan:
+    """ROWS_SHARE for the row kernels, or what ROW_MULTIPLE rows need; the rest for the logits."""
+    vocabulary = len(problem.weight)
+    streams = len(problem.heads)
     buffers = BUFFERS_NLL if problem.teacher is None else BUFFERS_DIVERGENCE
-    row_bytes = 4 * len(problem.weight) * buffers
-    checks.workspace(
-        ROW_MULTIPLE * row_bytes, problem.workspace_mib, f"a chunk of {ROW_MULTIPLE} rows"
-    )
-    return int(problem.workspace_mib * 2**20) // row_bytes // ROW_MULTIPLE * ROW_MULTIPLE
+    widest = max(weight.shape[1] for _, weight, _ in problem.heads)
+    logits_floats = streams * vocabulary + widest  # a row's, its hidden state in fp32 included
+    rows_floats = buffers * vocabulary
+    head_share = 0.0 if problem.weight.dtype == torch.float32 else HEAD_SHARE
+
+    needed = (ROW_MULTIPLE * logits_floats + LEAST_GROUP * rows_floats) / (1 - head_share)
+    checks.workspace(4 * needed, problem.workspace_mib, f"a chunk of {ROW_MULTIPLE} rows")
+    budget = problem.workspace_mib * 2**20 / 4
+    head_floats = max(widest, int(budget * head_share)) if head_share else 0
+    budget *= 1 - head_share
+    group = max(LEAST_GROUP, _fit(budget * ROWS_SHARE, rows_floats, LEAST_GROUP))
+    chunk = _fit(budget - group * rows_floats, logits_floats, ROW_MULTIPLE)
+    return Plan(min(chunk, max(ROW_MULTIPLE, len(problem.hidden))), group, head_floats)
 
 
-def _chunk(problem: Problem, rows: slice, loss: Tensor, dhidden: Tensor) -> None:
-    """Fill loss[rows] and, where the gradient is wanted, dhidden[rows]."""
+def _fit(floats: float, row_floats: int, multiple: int) -> int:
+    """As many rows as take no more than ``floats``, in multiples."""
+    return int(floats / row_floats) // multiple * multiple
+
+
+def _row_kernels(problem: Problem, rows: slice, logits: Tensor, loss: Tensor) -> None:
+    """Finish the raw products [streams, R, V], fill loss[rows]; logits[0] becomes its gradient."""
     z, *teacher = (
-        _logits(hidden[rows], weight, bias, problem) for hidden, weight, bias in problem.heads
+        problem.transform(raw if bias is None else raw + bias)
+        for raw, (_, _, bias) in zip(logits, problem.heads, strict=True)
     )
     if problem.targets is None:
         loss[rows], dz = divergence_rows(z, teacher[0], problem.beta)
@@ -61,24 +106,31 @@ def _chunk(problem: Problem, rows: slice, loss: Tensor, dhidden: Tensor) -> None
         loss[rows] = problem.alpha * kl + (1 - problem.alpha) * nll
         dz.mul_(problem.alpha).add_(dz_nll, alpha=1 - problem.alpha)
     if problem.with_grad:
-        dz.mul_(problem.transform.slope(z))
-        out = dhidden[rows].zero_()
-        for block in _vocabulary_blocks(problem.weight, problem.workspace_mib):
-            out.addmm_(dz[:, block], problem.weight[block].float())
+        torch.mul(dz, problem.transform.slope(z), out=logits[0])
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem) -> Tensor:
-    """[C, D] -> finished logits [C, V] fp32."""
-    raw = hidden.new_empty((len(hidden), len(weight)), dtype=torch.float32)
-    for block in _vocabulary_blocks(weight, problem.workspace_mib):
-        raw[:, block] = hidden.float() @ weight[block].float().T
-    return problem.transform(raw if bias is None else raw.add_(bias))
+def _project(hidden: Tensor, weight: Tensor, head: Tensor, z: Tensor) -> None:
+    """z [C, V] = hidden [C, D] @ weight.T"""
+    hidden = hidden.float()
+    for columns, block in _fp32_blocks(weight, head):
+        torch.mm(hidden, block.T, out=z[:, columns])
 
 
-def _vocabulary_blocks(weight: Tensor, workspace_mib: float) -> list[slice]:
-    """The whole head where it is fp32, else blocks that take an eighth of the workspace in fp32."""
+def _project_back(dz: Tensor, weight: Tensor, head: Tensor, dhidden: Tensor) -> None:
+    """dhidden [C, D] = dz [C, V] @ weight"""
+    dhidden.zero_()
+    for columns, block in _fp32_blocks(weight, head):
+        dhidden.addmm_(dz[:, columns], block)
+
+
+def _fp32_blocks(weight: Tensor, head: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """The whole head where it is fp32, else block after block of it, widened into ``head``."""
     vocabulary, width = weight.shape
     if weight.dtype == torch.float32:
-        return [slice(0, vocabulary)]
-    step = max(1, int(workspace_mib * 2**20) // 8 // (4 * width))
-    return [slice(start, start + step) for start in range(0, vocabulary, step)]
+        yield slice(0, vocabulary), weight
+        return
+    step = len(head) // width
+    for start in range(0, vocabulary, step):
+        block = weight[start : start + step]
+        columns = slice(start, start + len(block))
+        yield columns, head[: block.numel()].view_as(block).copy_(block)
