@@ -38,8 +38,10 @@ def token_loss(
     backend: str,
     workspace_mib: float,
 ) -> tuple[Tensor, Tensor]:
-    """loss [T] fp32, dhidden [T, D] (empty without gradient); both 0 where ``keep`` [T] is False.
+    """loss [T], dhidden [T, D] (empty without gradient); both fp32, 0 where ``keep`` [T] is False.
 
+    dhidden is rounded to the inputs' dtype once, in backward: fp16 would lose small gradients
+    before a loss scale can lift them, and bf16 would round them twice.
     targets and keep: T entries in any shape. ``backend`` is a resolved name, never "auto". See
     ``Problem`` for the rest.
     """
@@ -65,7 +67,6 @@ def token_loss(
     # what the caller wants in a lower precision has been cast already; these products stay fp32
     with torch.autocast(hidden.device.type, enabled=False):
         loss, dhidden = ENGINES[backend](problem if keep is None else problem.tokens(keep))
-    dhidden = dhidden.to(_gradient_dtype(hidden))
     if keep is None:
         return loss, dhidden
     return _scatter(loss, keep), _scatter(dhidden, keep) if with_grad else dhidden
@@ -77,7 +78,7 @@ def _(hidden, *others):
     tokens, width = hidden.shape
     return (
         hidden.new_empty(tokens, dtype=torch.float32),
-        hidden.new_empty((tokens if with_grad else 0, width), dtype=_gradient_dtype(hidden)),
+        hidden.new_empty((tokens if with_grad else 0, width), dtype=torch.float32),
     )
 
 
@@ -90,11 +91,6 @@ def token_loss_backward(grad_loss: Tensor, dhidden: Tensor, hidden: Tensor) -> T
 @token_loss_backward.register_fake
 def _(grad_loss, dhidden, hidden):
     return torch.empty_like(hidden, memory_format=torch.contiguous_format)
-
-
-def _gradient_dtype(hidden: Tensor) -> torch.dtype:
-    """fp16 would lose small gradients before a loss scale can lift them; bf16 has fp32's range."""
-    return torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
 
 
 def _scatter(rows: Tensor, keep: Tensor) -> Tensor:

@@ -67,12 +67,14 @@ class Case:
     def with_options(self, **options: Any) -> Case:
         return replace(self, options={**self.options, **options})
 
-    def double(self) -> Case:
-        """The same numbers in float64."""
+    def to(self, dtype: torch.dtype) -> Case:
+        """The same numbers in a wider dtype."""
 
         def widen(value: Any) -> Any:
             return (
-                value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+                value.to(dtype)
+                if isinstance(value, Tensor) and value.is_floating_point()
+                else value
             )
 
         return replace(
@@ -81,6 +83,9 @@ class Case:
             tensors=tuple(map(widen, self.tensors)),
             options={name: widen(value) for name, value in self.options.items()},
         )
+
+    def double(self) -> Case:
+        return self.to(torch.float64)
 
     def rows(self, index: Any) -> Case:
         """The same problem over some of its tokens; hidden is [T, D]."""

@@ -120,6 +120,18 @@ def test_confident_tokens_keep_their_gradient(backend, seed, gap):
 @each_backend
 @each_loss
 @each_dtype
+def test_a_gradient_is_rounded_to_the_dtype_of_the_inputs_once(backend, loss, dtype):
+    """After the upstream gradient is applied: twice would exceed what the dtype costs anyway."""
+    case = make_case(loss, dtype=dtype, reduction="none")
+    token_loss, gradient = run(case, backend=backend)
+    wide_loss, wide_gradient = run(case.to(torch.float32), backend=backend)
+    assert torch.equal(token_loss, wide_loss)
+    assert torch.equal(gradient, wide_gradient.to(dtype))
+
+
+@each_backend
+@each_loss
+@each_dtype
 def test_one_entry_of_vocabulary_is_exactly_zero(backend, loss, dtype):
     case = make_case(loss, vocabulary=1, dtype=dtype, bias=True, reduction="none", softcap=5.0)
     for value in run(case, backend=backend):
