@@ -13,6 +13,7 @@ Jensen-Shannon divergence with the mixture m = beta p + (1 - beta) q.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -24,6 +25,8 @@ Divergence = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 # Below this |d| the series of e^d - 1 - d is exact to fp32; above it the plain form does not
 # cancel.
 SMALL = 0.5
+# A teacher that gives the student's most probable entry e^-RULED_OUT of the student's probability.
+RULED_OUT = 1.0
 
 
 def excess(d: Tensor) -> Tensor:
@@ -48,12 +51,17 @@ def forward_kl(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
     return value, slope
 
 
+def at_peak(x: Tensor, q: Tensor) -> Tensor:
+    """x at the student's most probable entry.    x, q [..., V] -> [..., 1]"""
+    return x.gather(-1, q.argmax(-1, keepdim=True))
+
+
 def from_rate(q: Tensor, rate: Tensor) -> Tensor:
     """The slope q * rate, shifted by the rate of the student's most probable entry.
 
     Without the shift a confident student's gradient would be a difference of large numbers.
     """
-    return times(q, rate - rate.gather(-1, q.argmax(-1, keepdim=True)))
+    return times(q, rate - at_peak(rate, q))
 
 
 def reverse_kl(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,7 +84,14 @@ def jensen_shannon(log_p: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, T
         beta * p * excess(-p_over_m) + (1 - beta) * q * excess(-q_over_m),
         beta * times(p, p_over_m) + (1 - beta) * times(q, q_over_m),
     )
-    return value, from_rate(q, (1 - beta) * q_over_m)
+    # Where the teacher rules out the student's peak, q / m is 1 / (1 - beta) there but for a small
+    # number. Without that constant the rate is the small number itself.
+    ruled_out = at_peak(d, q) > RULED_OUT
+    p_over_q = torch.exp(-d.clamp(min=0))
+    small_rate = torch.where(
+        d <= 0, q_over_m + math.log1p(-beta), -torch.log1p(beta / (1 - beta) * p_over_q)
+    )
+    return value, from_rate(q, (1 - beta) * torch.where(ruled_out, small_rate, q_over_m))
 
 
 def divergence(beta: float) -> Divergence:

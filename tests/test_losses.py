@@ -199,7 +199,7 @@ def test_label_smoothing_up_to_uniform_targets(backend, label_smoothing):
 def test_an_entry_at_minus_infinity_is_as_good_as_absent(backend, loss, beta):
     """Its probability is 0 for student and teacher alike."""
     options = {} if loss == "linear_nll" else {"beta": beta}
-    case = make_case(loss, vocabulary=70, bias=True, reduction="none", **options)
+    case = make_case(loss, vocabulary=70, bias=True, temperature=1.25, reduction="none", **options)
     present = torch.ones(70, dtype=torch.bool)
     present[[0, 33, 69]] = False
     new_id = present.cumsum(0) - 1
@@ -252,17 +252,22 @@ def test_students_far_from_their_teacher(backend, beta):
 @each_backend
 @each_beta
 def test_a_student_that_rules_out_the_teachers_choice(backend, beta):
-    """q underflows where p is 1 and the other way round: hundreds of nats for beta 0 and 1.
-
-    A token's gradient vanishes with 1 - q then, so its error is judged against the head's rows.
-    """
+    """q underflows where p is 1 and the other way round: hundreds of nats for beta 0 and 1."""
     case = make_case("linear_kl", beta=beta, spread=200.0, distance=2.0, reduction="none")
-    loss, gradient = run(case, backend=backend)
-    expected_loss, expected_gradient = oracle(case)
-    assert beta not in (0.0, 1.0) or expected_loss.max() > 100
-    assert ((loss - expected_loss).abs() <= loss_bound(case)).all()
-    scale = loss_bound(case).max() / 2 * case.upstream.abs().max()
-    assert (gradient - expected_gradient).norm() <= scale * case.weight.norm(dim=1).max()
+    assert beta not in (0.0, 1.0) or oracle(case)[0].max() > 100
+    check(case, *run(case, backend=backend))
+
+
+@each_backend
+@each_beta
+@pytest.mark.parametrize(
+    "teacher", [{"distance": 0.3}, {"teacher_width": 5}], ids=["agrees", "disagrees"]
+)
+def test_a_confident_student_keeps_its_gradient(backend, beta, teacher):
+    """One entry has nearly all of q: what is left of the others must not be lost beside it."""
+    for seed in range(60):
+        case = make_case("linear_kl", seed=seed, beta=beta, shape=(1,), spread=12.0, **teacher)
+        check(case, *run(case, backend=backend))
 
 
 @each_backend

@@ -38,6 +38,7 @@ class Chunk {
     if (p.dhidden) {
       sweep([this](auto nv, const auto&... tile) { gradient<nv()>(tile...); }, true);
       finish_gradient();
+      if (p.streams == 2 && !measured_early) balance_slopes();
     }
     finish_loss();
   }
@@ -171,7 +172,7 @@ class Chunk {
     }
     if (p.streams == 2) {
       at.softmax[1].from(first).add<NV>(z[1], block.n);
-      if (p.beta != 0.0f) at.peak.from(first).add<NV>(z[0], z[1], block.n);
+      at.peak.from(first).add<NV>(z[0], z[1], block.first, block.n);
     }
     const Softmax student = at.softmax[0].from(first);
     if (p.label_smoothing) student.add_total<NV>(z[0], block.n);
@@ -235,6 +236,22 @@ class Chunk {
     return top;
   }
 
+  // dz = slope - q * sum of slopes, and forward KL's slopes sum to zero but for rounding. What rounding
+  // left is known only now: it is taken off at the largest q, which is most of it in a confident row.
+  void balance_slopes() const {
+    const Head& head = p.heads[0];
+    parallel(panels, [&](int64_t panel, int) {
+      std::vector<float> weight(head.D);
+      for (int64_t row = panel * PANEL; row < std::min(count, (panel + 1) * PANEL); row++) {
+        const Normaliser& log_q = at.rows.q;
+        const float z = at.rows.peak.z[row], q = std::exp(z - log_q.top[row] - log_q.log_sum[row]);
+        const float dz = -p.alpha * q * float(over_segments(at.slope, row)) * transform.slope(z);
+        to_float(head.weight, p.dtype, at.rows.peak.entry[row] * head.D, head.D, weight.data());
+        for (int64_t d = 0; d < head.D; d++) p.dhidden[(start + row) * head.D + d] += dz * weight[d];
+      }
+    });
+  }
+
   static void normalise(const Normaliser& rows, int64_t row, float top, double lse) {
     rows.top[row] = top;
     rows.log_sum[row] = float(lse - top);
@@ -286,6 +303,7 @@ class Chunk {
       if (at.peak.z[s * p.rows + row] > at.peak.z[best]) best = s * p.rows + row;
     at.rows.peak.z[row] = at.peak.z[best];
     at.rows.peak.z_teacher[row] = at.peak.z_teacher[best];
+    at.rows.peak.entry[row] = at.peak.entry[best];
   }
 
   void finish_slopes() const {

@@ -30,8 +30,9 @@ class Layout {
     dh = at.take(p.dhidden ? SEGMENTS * n * round_up(p.heads[0].D, TILE) : 0);
     value = at.take(SEGMENTS * n), slope = at.take(SEGMENTS * n);
     z_target = at.take(n), missing = at.take(n), nll = at.take(n);
-    peak = {at.take(SEGMENTS * n), at.take(SEGMENTS * n)};
-    rows = {{at.take(n), at.take(n)}, {at.take(n), at.take(n)}, {at.take(n), at.take(n)}, at.take(n)};
+    peak = {at.take(SEGMENTS * n), at.take(SEGMENTS * n), at.take_int(SEGMENTS * n)};
+    rows = {{at.take(n), at.take(n)}, {at.take(n), at.take(n)}, {at.take(n), at.take(n), at.take_int(n)},
+            at.take(n)};
     scratch_base = at.next;
     scratch_size = 0;
     scratch(0, &scratch_size);
@@ -61,6 +62,7 @@ class Layout {
       next += round_up(n, 16);
       return p;
     }
+    int32_t* take_int(int64_t n) { return reinterpret_cast<int32_t*>(take(n)); }
   };
   const TokenLoss& p;
   float* scratch_base;

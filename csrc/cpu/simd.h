@@ -73,7 +73,7 @@ SPF_INLINE vf tanh(vf x) {
   return x < 0.0f ? -t : t;
 }
 
-// log(1 + x) for x in (-1, 0]. The rounding error of 1 + x is put back as a first-order term.
+// log(1 + x) for finite x > -1. The rounding error of 1 + x is put back as a first-order term.
 SPF_INLINE vf log1p(vf x) {
   vf u = 1.0f + x;
   vf lost = (x - (u - 1.0f)) / u;

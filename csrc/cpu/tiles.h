@@ -19,19 +19,19 @@ struct Transform {
       }
   }
 
-  // dz becomes the gradient by the raw product: times d z / d raw, from the finished z
+  // d z / d raw from the finished z, of one number or of a vector
+  template <class Number>
+  Number slope(Number z) const {
+    Number capped = softcap ? z * (temperature / softcap) : Number{};
+    return (scale / temperature) * (1.0f - capped * capped);
+  }
+
+  // dz becomes the gradient by the raw product
   template <int NV>
   void chain(const float* z, int64_t n, float* dz) const {
-    const float linear = scale / temperature;
-    if (!softcap && linear == 1.0f) return;
-    for (int64_t i = 0; i < n * NV * LANES; i += LANES) {
-      vf slope = broadcast(linear);
-      if (softcap) {
-        vf capped = load(z + i) * (temperature / softcap);
-        slope *= 1.0f - capped * capped;
-      }
-      store(dz + i, load(dz + i) * slope);
-    }
+    if (!softcap && scale == temperature) return;
+    for (int64_t i = 0; i < n * NV * LANES; i += LANES)
+      store(dz + i, load(dz + i) * slope(load(z + i)));
   }
 };
 
@@ -81,13 +81,19 @@ struct Softmax {
 struct ValueSlope {
   vf value, slope;
 };
-constexpr float SMALL = 0.5f;
+constexpr float SMALL = 0.5f, RULED_OUT = 1.0f;
 
 SPF_INLINE vf times(vf p, vf x) { return p == 0.0f ? broadcast(0.0f) : p * x; }
 
+// What is taken off the rates of a row, from d = log q - log p of the student's most probable entry.
+struct Shift {
+  vf rate;
+  vi ruled_out;  // the teacher gives that entry much less probability
+};
+
 struct ForwardKL {
-  SPF_INLINE vf rate(vf, vf, float) { return broadcast(0.0f); }
-  SPF_INLINE ValueSlope at(vf log_p, vf log_q, float, vf) {
+  SPF_INLINE Shift shift(vf, float) { return {vf{}, vi{}}; }
+  SPF_INLINE ValueSlope at(vf log_p, vf log_q, float, const Shift&) {
     vf p = exp(log_p), q = exp(log_q), d = log_q - log_p, g = excess(d);
     vi small = abs(d) < SMALL;
     return {small ? p * g : q - p - times(p, d), small ? p * (d + g) : q - p};
@@ -95,61 +101,74 @@ struct ForwardKL {
 };
 
 struct ReverseKL {
-  SPF_INLINE vf rate(vf log_p, vf log_q, float) { return log_q - log_p; }
-  SPF_INLINE ValueSlope at(vf log_p, vf log_q, float beta, vf shift) {
-    vf p = exp(log_p), q = exp(log_q), d = rate(log_p, log_q, beta);
-    return {abs(d) < SMALL ? q * excess(-d) : p - q + times(q, d), times(q, d - shift)};
+  SPF_INLINE Shift shift(vf d_peak, float) { return {d_peak, vi{}}; }
+  SPF_INLINE ValueSlope at(vf log_p, vf log_q, float, const Shift& shift) {
+    vf p = exp(log_p), q = exp(log_q), d = log_q - log_p;
+    return {abs(d) < SMALL ? q * excess(-d) : p - q + times(q, d), times(q, d - shift.rate)};
   }
 };
 
 struct JensenShannon {
-  // log(p / m) and log(q / m): expm1 only sees arguments <= 0 and cannot overflow
   struct Ratios {
-    vf p, q;
+    vf p, q;  // log(p / m), log(q / m)
+    vf rate;  // log(q / m), but log((1 - beta) q / m) in a row that is ruled out: a small number there
   };
-  SPF_INLINE Ratios over_mixture(vf d, float beta) {
+  SPF_INLINE Ratios over_mixture(vf d, float beta, vi ruled_out) {
     const vf zero = {};
-    vf m_over_p = log1p((1.0f - beta) * expm1(min(d, zero)));
-    vf m_over_q = log1p(beta * expm1(-max(d, zero)));
+    // the exponentials only see arguments <= 0 and cannot overflow
+    vf p_below = min(d, zero), q_below = -max(d, zero);
+    vf m_over_p = log1p((1.0f - beta) * expm1(p_below));
+    vf small = beta / (1.0f - beta) * exp(q_below), plain = beta * expm1(q_below);
+    vf m_over_q = log1p(ruled_out ? small : plain);  // times (1 - beta)^-1 where ruled out
+    vf factor = ruled_out ? broadcast(std::log1p(-beta)) : zero;
     vi p_larger = d <= 0.0f;
-    return {p_larger ? -m_over_p : -m_over_q - d, p_larger ? d - m_over_p : -m_over_q};
+    vf rate = p_larger ? d - m_over_p + factor : -m_over_q;
+    vf q = p_larger ? d - m_over_p : -m_over_q - factor;
+    return {p_larger ? -m_over_p : q - d, q, rate};
   }
-  SPF_INLINE vf rate(vf log_p, vf log_q, float beta) {
-    return (1.0f - beta) * over_mixture(log_q - log_p, beta).q;
+  SPF_INLINE Shift shift(vf d_peak, float beta) {
+    vi ruled_out = d_peak > RULED_OUT;
+    return {over_mixture(d_peak, beta, ruled_out).rate, ruled_out};
   }
-  SPF_INLINE ValueSlope at(vf log_p, vf log_q, float beta, vf shift) {
+  SPF_INLINE ValueSlope at(vf log_p, vf log_q, float beta, const Shift& shift) {
     vf p = exp(log_p), q = exp(log_q), d = log_q - log_p;
-    Ratios log = over_mixture(d, beta);
+    Ratios log = over_mixture(d, beta, shift.ruled_out);
     vf small = beta * p * excess(-log.p) + (1.0f - beta) * q * excess(-log.q);
     vf large = beta * times(p, log.p) + (1.0f - beta) * times(q, log.q);
-    return {abs(d) < SMALL ? small : large, times(q, (1.0f - beta) * log.q - shift)};
+    return {abs(d) < SMALL ? small : large, (1.0f - beta) * times(q, log.rate - shift.rate)};
   }
 };
 
 // The student's largest logit in the rows of a panel, and the teacher's logit of the same entry.
 struct Peak {
   float *z, *z_teacher;  // [ROWS]
+  int32_t* entry;        // [ROWS]
 
   void clear(int64_t rows) const {
-    for (int64_t r = 0; r < rows; r++) z[r] = z_teacher[r] = -INF;
+    for (int64_t r = 0; r < rows; r++) z[r] = z_teacher[r] = -INF, entry[r] = 0;
   }
 
+  // tiles [n, ROWS] of the vocabulary's entries from `first` on
   template <int NV>
-  void add(const float* tile, const float* teacher_tile, int64_t n) const {
+  void add(const float* tile, const float* teacher_tile, int64_t first, int64_t n) const {
     for (int j = 0; j < NV; j++) {
       vf best = load(z + j * LANES), teacher = load(z_teacher + j * LANES);
+      vi where;
+      __builtin_memcpy(&where, entry + j * LANES, sizeof where);
       for (int64_t v = 0; v < n; v++) {
         vf candidate = load(tile + (v * NV + j) * LANES);
         vi better = candidate > best;
         best = better ? candidate : best;
         teacher = better ? load(teacher_tile + (v * NV + j) * LANES) : teacher;
+        where = better ? vi{} + int32_t(first + v) : where;
       }
       store(z + j * LANES, best);
       store(z_teacher + j * LANES, teacher);
+      __builtin_memcpy(entry + j * LANES, &where, sizeof where);
     }
   }
 
-  Peak from(int64_t row) const { return {z + row, z_teacher + row}; }
+  Peak from(int64_t row) const { return {z + row, z_teacher + row, entry + row}; }
 };
 
 // The logarithm of a row's softmax sum, as the largest logit and the rest: a difference z - top is exact
@@ -180,12 +199,12 @@ struct Rows {
   }
 };
 
-// The rate at the peaks of one vector of rows, by the same arithmetic as in the tile: it cancels exactly.
+// The shift of one vector of rows, by the same arithmetic as in the tile: it cancels exactly.
 template <class Divergence>
-SPF_INLINE vf peak_rate(const Rows& rows, const LogSoftmax& log_p, const LogSoftmax& log_q, float beta,
-                        int j) {
-  return Divergence::rate(log_p(load(rows.peak.z_teacher + j * LANES)),
-                          log_q(load(rows.peak.z + j * LANES)), beta);
+SPF_INLINE Shift peak_shift(const Rows& rows, const LogSoftmax& log_p, const LogSoftmax& log_q,
+                            float beta, int j) {
+  vf q = log_q(load(rows.peak.z + j * LANES)), p = log_p(load(rows.peak.z_teacher + j * LANES));
+  return Divergence::shift(q - p, beta);
 }
 
 // Sums of value and slope over the tile, added to value[ROWS] and slope[ROWS].
@@ -195,7 +214,7 @@ static void divergence_sums(const float* z, const float* z_teacher, int64_t n, c
   constexpr int ROWS = NV * LANES;
   for (int j = 0; j < NV; j++) {
     const LogSoftmax log_q(rows.q, j), log_p(rows.p, j);
-    const vf shift = peak_rate<Divergence>(rows, log_p, log_q, beta, j);
+    const Shift shift = peak_shift<Divergence>(rows, log_p, log_q, beta, j);
     vf values = {}, slopes = {};
     for (int64_t v = 0; v < n; v++) {
       const int64_t at = v * ROWS + j * LANES;
@@ -215,7 +234,7 @@ static void divergence_gradient(const float* z, const float* z_teacher, int64_t 
   constexpr int ROWS = NV * LANES;
   for (int j = 0; j < NV; j++) {
     const LogSoftmax log_q(rows.q, j), log_p(rows.p, j);
-    const vf shift = peak_rate<Divergence>(rows, log_p, log_q, beta, j);
+    const Shift shift = peak_shift<Divergence>(rows, log_p, log_q, beta, j);
     vf slope_sum = load(rows.slope_sum + j * LANES);
     for (int64_t v = 0; v < n; v++) {
       const int64_t at = v * ROWS + j * LANES;
