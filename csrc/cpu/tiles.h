@@ -94,9 +94,8 @@ struct Shift {
 struct ForwardKL {
   SPF_INLINE Shift shift(vf, float) { return {vf{}, vi{}}; }
   SPF_INLINE ValueSlope at(vf log_p, vf log_q, float, const Shift&) {
-    vf p = exp(log_p), q = exp(log_q), d = log_q - log_p, g = excess(d);
-    vi small = abs(d) < SMALL;
-    return {small ? p * g : q - p - times(p, d), small ? p * (d + g) : q - p};
+    vf p = exp(log_p), q = exp(log_q), d = log_q - log_p;
+    return {abs(d) < SMALL ? p * excess(d) : q - p - times(p, d), q - p};
   }
 };
 
