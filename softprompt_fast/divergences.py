@@ -4,8 +4,8 @@ Each function maps ``(log_p, log_q)`` to ``(value, slope)``: ``value`` sums to t
 ``slope`` is the derivative of that sum by ``log_q``, up to a multiple of q. That freedom costs
 nothing, because the gradient by the logits, ``slope - q * slope.sum()``, does not see it; it is
 used here to keep small differences small. Near convergence ``p (log p - log q)`` cancels between
-entries, so every value is written as ``p (e^d - 1 - d)`` with ``d = log q - log p``: never
-negative, and exact for small d.
+entries, so KL's value is written as ``p (e^d - 1 - d)`` with ``d = log q - log p``: never negative,
+and exact for small d. The two terms of Jensen-Shannon cancel within an entry, which loses nothing.
 
 ``beta`` follows TRL and Liger: 0 is KL(p || q), 1 is KL(q || p), between is the generalised
 Jensen-Shannon divergence with the mixture m = beta p + (1 - beta) q.
@@ -77,11 +77,7 @@ def jensen_shannon(log_p: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, T
     m_over_q = torch.log1p(beta * torch.expm1(-d.clamp(min=0)))
     p_over_m = torch.where(d <= 0, -m_over_p, -m_over_q - d)
     q_over_m = torch.where(d <= 0, d - m_over_p, -m_over_q)
-    value = torch.where(
-        d.abs() < SMALL,
-        beta * p * excess(-p_over_m) + (1 - beta) * q * excess(-q_over_m),
-        beta * times(p, p_over_m) + (1 - beta) * times(q, q_over_m),
-    )
+    value = beta * times(p, p_over_m) + (1 - beta) * times(q, q_over_m)
     # Where the teacher rules out the student's peak, q / m is 1 / (1 - beta) there but for a small
     # number. Without that constant the rate is the small number itself.
     ruled_out = at_peak(d, q) > RULED_OUT

@@ -266,8 +266,27 @@ def test_a_student_that_rules_out_the_teachers_choice(backend, beta):
 def test_a_confident_student_keeps_its_gradient(backend, beta, teacher):
     """One entry has nearly all of q: what is left of the others must not be lost beside it."""
     for seed in range(60):
-        case = make_case("linear_kl", seed=seed, beta=beta, shape=(1,), spread=12.0, **teacher)
+        case = make_case(
+            "linear_kl", seed=seed, beta=beta, shape=(1,), vocabulary=515, spread=12.0, **teacher
+        )
         check(case, *run(case, backend=backend))
+
+
+@each_backend
+@each_beta
+def test_alpha_0_is_nll_to_the_bit(backend, beta):
+    case = make_case("linear_distill", spread=12.0, alpha=0.0, beta=beta, reduction="none")
+    nll = make_case("linear_nll", spread=12.0, reduction="none")
+    nll.hidden, nll.tensors, nll.upstream = case.hidden, case.tensors[:2], case.upstream
+    for one, other in zip(run(case, backend=backend), run(nll, backend=backend), strict=True):
+        assert torch.equal(one, other)
+
+
+@each_backend
+def test_the_teachers_bias_is_its_own_even_over_the_students_weight(backend):
+    case = make_case("linear_kl", bias=True, teacher_width=24)
+    case.options["teacher_weight"] = case.weight
+    check(case, *run(case, backend=backend))
 
 
 @each_backend

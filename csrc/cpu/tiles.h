@@ -132,9 +132,8 @@ struct JensenShannon {
   SPF_INLINE ValueSlope at(vf log_p, vf log_q, float beta, const Shift& shift) {
     vf p = exp(log_p), q = exp(log_q), d = log_q - log_p;
     Ratios log = over_mixture(d, beta, shift.ruled_out);
-    vf small = beta * p * excess(-log.p) + (1.0f - beta) * q * excess(-log.q);
-    vf large = beta * times(p, log.p) + (1.0f - beta) * times(q, log.q);
-    return {abs(d) < SMALL ? small : large, (1.0f - beta) * times(q, log.rate - shift.rate)};
+    return {beta * times(p, log.p) + (1.0f - beta) * times(q, log.q),
+            (1.0f - beta) * times(q, log.rate - shift.rate)};
   }
 };
 
