@@ -31,9 +31,11 @@ const Engine& engine() {
   return chosen;
 }
 
-void parallel_for(int64_t tasks, const Task& task) {
-  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; t++) task(t, at::get_thread_num());
+void parallel_for(int64_t tasks, int threads, const Task& task) {
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; thread++)
+      for (int64_t t = tasks * thread / threads; t < tasks * (thread + 1) / threads; t++)
+        task(t, int(thread));
   });
 }
 
@@ -90,7 +92,7 @@ void token_loss_(const Tensor& hidden, const Tensor& weight, const std::optional
   if (targets)
     p.targets = static_cast<const int64_t*>(data_of(*targets, at::kLong, {p.T}, "targets"));
 
-  p.label_smoothing = float(label_smoothing), p.alpha = float(alpha), p.beta = float(beta);
+  p.label_smoothing = float(label_smoothing), p.alpha = alpha, p.beta = beta;
   p.softcap = float(softcap), p.logit_scale = float(logit_scale), p.temperature = float(temperature);
   p.rows = rows, p.stored = stored, p.threads = int(threads);
 
@@ -102,8 +104,7 @@ void token_loss_(const Tensor& hidden, const Tensor& weight, const std::optional
   }
   TORCH_CHECK(rows > 0 && rows % engine().panel_rows == 0, "softprompt_fast_C: rows must be a multiple of ",
               engine().panel_rows, ": got ", rows);
-  TORCH_CHECK(threads >= at::get_num_threads(), "softprompt_fast_C: scratch for ", threads, " of ",
-              at::get_num_threads(), " threads");
+  TORCH_CHECK(threads > 0, "softprompt_fast_C: threads must be above 0: got ", threads);
   TORCH_CHECK(workspace.is_contiguous() && workspace.scalar_type() == at::kFloat &&
                   workspace.numel() >= engine().workspace_floats(p),
               "softprompt_fast_C: the workspace is too small");

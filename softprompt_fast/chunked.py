@@ -27,7 +27,9 @@ ROW_MULTIPLE = 8
 LEAST_GROUP = 4
 # [R, V] fp32 buffers alive at once in the row kernels: targets alone, and with a teacher.
 BUFFERS_NLL = 5
-BUFFERS_DIVERGENCE = 20
+BUFFERS_DIVERGENCE = 22
+# Entries of the vocabulary in one product: a longer sum would lose digits.
+HEAD_BLOCK = 16384
 # Parts of the workspace: a block of a half-precision head in fp32, and the row kernels' buffers.
 HEAD_SHARE = 1 / 8
 ROWS_SHARE = 1 / 8
@@ -38,7 +40,7 @@ class Plan(NamedTuple):
 
     chunk: int  # C
     group: int  # R
-    head_floats: int  # fp32 numbers of the head at a time, where it is not fp32
+    head_floats: int  # of a block of the head, where it is widened to fp32
 
 
 def token_loss(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -78,7 +80,7 @@ def plan_workspace(problem: Problem) -> Plan:
     needed = (ROW_MULTIPLE * logits_floats + LEAST_GROUP * rows_floats) / (1 - head_share)
     checks.workspace(4 * needed, problem.workspace_mib, f"a chunk of {ROW_MULTIPLE} rows")
     budget = problem.workspace_mib * 2**20 / 4
-    head_floats = max(widest, int(budget * head_share)) if head_share else 0
+    head_floats = min(HEAD_BLOCK, max(1, int(budget * head_share / widest))) * widest
     budget *= 1 - head_share
     group = max(LEAST_GROUP, _fit(budget * ROWS_SHARE, rows_floats, LEAST_GROUP))
     chunk = _fit(budget - group * rows_floats, logits_floats, ROW_MULTIPLE)
@@ -120,17 +122,18 @@ def _project_back(dz: Tensor, weight: Tensor, head: Tensor, dhidden: Tensor) -> 
     """dhidden [C, D] = dz [C, V] @ weight"""
     dhidden.zero_()
     for columns, block in _fp32_blocks(weight, head):
-        dhidden.addmm_(dz[:, columns], block)
+        # not addmm_: for narrow heads MKL would go on adding to the sum one entry at a time
+        dhidden += dz[:, columns] @ block
 
 
 def _fp32_blocks(weight: Tensor, head: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """The whole head where it is fp32, else block after block of it, widened into ``head``."""
+    """Block after block of the head; where it is not fp32, widened into ``head``."""
     vocabulary, width = weight.shape
-    if weight.dtype == torch.float32:
-        yield slice(0, vocabulary), weight
-        return
-    step = len(head) // width
+    step = HEAD_BLOCK
+    if weight.dtype != torch.float32:
+        step = min(step, len(head) // width)
     for start in range(0, vocabulary, step):
         block = weight[start : start + step]
-        columns = slice(start, start + len(block))
-        yield columns, head[: block.numel()].view_as(block).copy_(block)
+        if weight.dtype != torch.float32:
+            block = head[: block.numel()].view_as(block).copy_(block)
+        yield slice(start, start + len(block)), block

@@ -7,6 +7,8 @@ head. Where it does not, the later sweeps compute them again.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -24,8 +26,7 @@ def token_loss(problem: Problem) -> tuple[Tensor, Tensor]:
     tokens, width = hidden.shape
     loss = hidden.new_empty(tokens, dtype=torch.float32)
     dhidden = hidden.new_empty((tokens if problem.with_grad else 0, width), dtype=torch.float32)
-    threads = torch.get_num_threads()
-    rows, stored, floats = plan(problem, threads)
+    rows, stored, threads, floats = plan(problem)
     torch.ops.softprompt_fast_C.token_loss_(
         hidden,
         problem.weight.contiguous(),
@@ -54,19 +55,31 @@ def _contiguous(value: Tensor | None) -> Tensor | None:
     return None if value is None else value.contiguous()
 
 
-def plan(problem: Problem, threads: int) -> tuple[int, bool, int]:
-    """(rows in a chunk, keep their logits between the sweeps?, workspace in fp32 numbers)."""
+class Plan(NamedTuple):
+    """How the workspace is spent."""
+
+    rows: int  # in a chunk
+    stored: bool  # are their logits kept between the sweeps?
+    threads: int
+    floats: int  # size of the workspace in fp32 numbers
+
+
+def plan(problem: Problem) -> Plan:
+    """The fastest way that fits: keep the logits, then compute them again, then fewer threads."""
     panel = torch.ops.softprompt_fast_C.panel_rows()
     needed = -(-max(1, problem.hidden.shape[0]) // panel) * panel
     largest = max(panel, min(needed, MAX_ROWS // panel * panel))
     second_sweep = problem.with_grad or problem.teacher is not None
-    for stored in (True, False) if second_sweep else (False,):
-        for rows in range(largest, 0, -panel):
-            floats = _workspace_floats(problem, rows, stored, threads)
-            if 4 * floats <= problem.workspace_mib * 2**20:
-                return rows, stored, floats
-    checks.workspace(4 * floats, problem.workspace_mib, f"a panel of {panel} rows")
-    raise AssertionError("the smallest plan fits, or checks.workspace has raised")
+    threads = torch.get_num_threads()
+    while True:
+        for stored in (True, False) if second_sweep else (False,):
+            for rows in range(largest, 0, -panel):
+                floats = _workspace_floats(problem, rows, stored, threads)
+                if 4 * floats <= problem.workspace_mib * 2**20:
+                    return Plan(rows, stored, threads, floats)
+        if threads == 1:
+            checks.workspace(4 * floats, problem.workspace_mib, f"a panel of {panel} rows")
+        threads = -(-threads // 2)
 
 
 def _workspace_floats(problem: Problem, rows: int, stored: bool, threads: int) -> int:

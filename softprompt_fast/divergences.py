@@ -27,6 +27,8 @@ Divergence = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 SMALL = 0.5
 # A teacher that gives the student's most probable entry e^-RULED_OUT of the student's probability.
 RULED_OUT = 1.0
+# Where p / q would exceed e^FAR, q / m is taken from p's side: nothing overflows.
+FAR = 30.0
 
 
 def excess(d: Tensor) -> Tensor:
@@ -72,20 +74,20 @@ def reverse_kl(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
 def jensen_shannon(log_p: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """beta KL(p || m) + (1 - beta) KL(q || m). Slope (1 - beta) q log(q / m)."""
     p, q, d = log_p.exp(), log_q.exp(), log_q - log_p
-    # log(m / larger of p, q): expm1 then only sees arguments <= 0 and cannot overflow
-    m_over_p = torch.log1p((1 - beta) * torch.expm1(d.clamp(max=0)))
-    m_over_q = torch.log1p(beta * torch.expm1(-d.clamp(min=0)))
-    p_over_m = torch.where(d <= 0, -m_over_p, -m_over_q - d)
-    q_over_m = torch.where(d <= 0, d - m_over_p, -m_over_q)
+    ratio = torch.exp(-d.clamp(min=-FAR))  # p / q
+    less = beta * torch.expm1(-d.clamp(min=-FAR))  # m / q - 1
+    m_over_q = torch.where(less < -0.5, torch.log((1 - beta) + beta * ratio), torch.log1p(less))
+    m_over_p = torch.log(beta + (1 - beta) * d.exp())
+    near = d > -FAR
+    q_over_m = torch.where(near, -m_over_q, d - m_over_p)
+    p_over_m = torch.where(near, q_over_m - d, -m_over_p)
     value = beta * times(p, p_over_m) + (1 - beta) * times(q, q_over_m)
     # Where the teacher rules out the student's peak, q / m is 1 / (1 - beta) there but for a small
     # number. Without that constant the rate is the small number itself.
-    ruled_out = at_peak(d, q) > RULED_OUT
-    p_over_q = torch.exp(-d.clamp(min=0))
-    small_rate = torch.where(
-        d <= 0, q_over_m + math.log1p(-beta), -torch.log1p(beta / (1 - beta) * p_over_q)
-    )
-    return value, from_rate(q, (1 - beta) * torch.where(ruled_out, small_rate, q_over_m))
+    constant = math.log1p(-beta)
+    without = torch.where(near, -torch.log1p(beta / (1 - beta) * ratio), q_over_m + constant)
+    rate = torch.where(at_peak(d, q) > RULED_OUT, without, q_over_m)
+    return value, from_rate(q, (1 - beta) * rate)
 
 
 def divergence(beta: float) -> Divergence:

@@ -98,6 +98,28 @@ def test_the_contract_as_the_student_converges(backend, distance, temperature, b
 
 
 @each_backend
+@pytest.mark.parametrize("beta", [1e-9, 1e-5, 1e-3, 0.999, 1 - 1e-5, 1 - 1e-9], ids="beta{}".format)
+def test_a_beta_that_is_almost_0_or_1(backend, beta):
+    for spread, teacher in [(0.5, {}), (2.0, {"teacher_width": 5}), (200.0, {})]:
+        case = make_case("linear_kl", beta=beta, spread=spread, reduction="none", **teacher)
+        check(case, *run(case, backend=backend))
+
+
+@each_backend
+def test_an_alpha_that_is_close_to_1(backend):
+    case = make_case("linear_distill", alpha=0.999, distance=0.0, reduction="none")
+    check(case, *run(case, backend=backend))
+
+
+@each_backend
+@each_dtype
+def test_a_narrow_head_over_a_long_vocabulary(backend, dtype):
+    """The product back has a quarter of a million terms."""
+    case = make_case("linear_nll", width=4, vocabulary=2**18, dtype=dtype, bias=True)
+    check(case, *run(case, backend=backend))
+
+
+@each_backend
 @each_loss
 @pytest.mark.parametrize("spread", [4.0, 12.0], ids="spread{}".format)
 def test_saturated_softcap(backend, loss, spread):

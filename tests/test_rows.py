@@ -89,6 +89,28 @@ def test_rows_do_not_depend_on_the_number_of_threads(backend, loss, vocabulary, 
     assert_bitwise(run(case, backend=backend), expected)
 
 
+def test_a_workspace_too_small_for_all_threads_uses_fewer():
+    """Each has scratch of its own: on a machine of 64 cores that is more than the default."""
+    case = make_case("linear_kl", shape=(40,), width=256, vocabulary=1031, dtype=torch.bfloat16)
+    torch.set_num_threads(1)
+    expected = run(case, backend="cpp")
+    torch.set_num_threads(64)
+    assert_bitwise(run(case, backend="cpp", workspace_mib=8), expected)
+
+
+def test_half_precision_numbers_near_zero_survive_flush_denormal():
+    case = make_case("linear_nll", dtype=torch.float16, spread=1e-5, logit_scale=1e5)
+    assert (case.weight.abs() < torch.finfo(torch.float16).tiny).all()
+    expected = run(case, backend="cpp")
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU cannot flush subnormals to zero")
+    try:
+        loss, _ = run(case, backend="cpp")
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(loss, expected[0])
+
+
 @each_backend
 @each_loss
 def test_rows_do_not_depend_on_the_ignored(backend, loss):

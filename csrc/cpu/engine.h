@@ -25,7 +25,7 @@ class Chunk {
   Chunk(const TokenLoss& p, const Layout& at, ParallelFor parallel, int64_t start)
       : p(p), at(at), parallel(parallel), start(start), count(std::min(p.rows, p.T - start)),
         panels((count + PANEL - 1) / PANEL), transform{p.softcap, p.logit_scale, p.temperature},
-        measured_early(p.streams == 2 && (p.beta != 0.0f || !p.dhidden)) {}
+        measured_early(p.streams == 2 && (p.beta != 0.0 || !p.dhidden)), mixture(p.beta) {}
 
   void run() {
     load_hidden();
@@ -50,6 +50,7 @@ class Chunk {
   const int64_t start, count, panels;  // rows [start, start + count) of the call
   const Transform transform;
   const bool measured_early;  // values and slope sums have a sweep of their own
+  const Mixture mixture;
 
   int vectors(int64_t panel) const {
     const int64_t rows = std::min<int64_t>(PANEL, count - panel * PANEL);
@@ -70,7 +71,7 @@ class Chunk {
   void load_hidden() {
     for (int s = 0; s < p.streams; s++) {
       const int64_t D = p.heads[s].D;
-      parallel(panels, [&](int64_t panel, int) {
+      parallel(panels, p.threads, [&](int64_t panel, int) {
         const int64_t lanes = vectors(panel) * LANES;
         float* out = at.hidden[s] + panel * PANEL * D;
         std::vector<float> row(D);
@@ -96,7 +97,7 @@ class Chunk {
   void sweep(const Body& body, bool packed = false) const {
     const int64_t blocks = (p.V + BLOCK - 1) / BLOCK;
     const int64_t groups = std::min<int64_t>(panels, (4 * p.threads + SEGMENTS - 1) / SEGMENTS);
-    parallel(SEGMENTS * groups, [&](int64_t task, int thread) {
+    parallel(SEGMENTS * groups, p.threads, [&](int64_t task, int thread) {
       const int64_t segment = task % SEGMENTS, group = task / SEGMENTS;
       const Layout::Scratch scratch = at.scratch(thread);
       for (int64_t b = blocks * segment / SEGMENTS; b < blocks * (segment + 1) / SEGMENTS; b++) {
@@ -187,7 +188,7 @@ class Chunk {
     const float *z = again<NV>(0, block, panel, scratch), *z_teacher = again<NV>(1, block, panel, scratch);
     const int64_t first = segment * p.rows + panel * PANEL;
     with_divergence([&](auto divergence) {
-      divergence_sums<NV, decltype(divergence)>(z, z_teacher, block.n, rows(panel), p.beta,
+      divergence_sums<NV, decltype(divergence)>(z, z_teacher, block.n, rows(panel), mixture,
                                                 at.value + first, at.slope + first);
     });
   }
@@ -199,7 +200,7 @@ class Chunk {
     const float* z = again<NV>(0, block, panel, scratch);
     float* dz = scratch.dz;
     if (p.targets) {
-      const float weight = 1.0f - p.alpha, uniform = p.label_smoothing / p.V;
+      const float weight = float(1.0 - p.alpha), uniform = p.label_smoothing / p.V;
       softmax_gradient<NV>(z, block.n, rows(panel), weight, uniform, dz);
       targets<NV>(block, panel, [&](int64_t row, int64_t i) {
         dz[i] = weight * (p.label_smoothing - uniform - at.missing[row]);
@@ -209,10 +210,10 @@ class Chunk {
       const float* z_teacher = again<NV>(1, block, panel, scratch);
       with_divergence([&](auto divergence) {
         if (!measured_early)
-          divergence_sums<NV, decltype(divergence)>(z, z_teacher, block.n, rows(panel), p.beta,
+          divergence_sums<NV, decltype(divergence)>(z, z_teacher, block.n, rows(panel), mixture,
                                                     at.value + first, at.slope + first);
-        divergence_gradient<NV, decltype(divergence)>(z, z_teacher, block.n, rows(panel), p.beta,
-                                                      p.alpha, p.targets, dz);
+        divergence_gradient<NV, decltype(divergence)>(z, z_teacher, block.n, rows(panel), mixture,
+                                                      float(p.alpha), p.targets, dz);
       });
     }
     transform.template chain<NV>(z, block.n, dz);
@@ -221,8 +222,8 @@ class Chunk {
 
   template <class Body>
   void with_divergence(const Body& body) const {
-    if (p.beta == 0.0f) return body(ForwardKL());
-    if (p.beta == 1.0f) return body(ReverseKL());
+    if (p.beta == 0.0) return body(ForwardKL());
+    if (p.beta == 1.0) return body(ReverseKL());
     return body(JensenShannon());
   }
 
@@ -240,12 +241,12 @@ class Chunk {
   // left is known only now: it is taken off at the largest q, which is most of it in a confident row.
   void balance_slopes() const {
     const Head& head = p.heads[0];
-    parallel(panels, [&](int64_t panel, int) {
+    parallel(panels, p.threads, [&](int64_t panel, int) {
       std::vector<float> weight(head.D);
       for (int64_t row = panel * PANEL; row < std::min(count, (panel + 1) * PANEL); row++) {
         const Normaliser& log_q = at.rows.q;
         const float z = at.rows.peak.z[row], q = std::exp(z - log_q.top[row] - log_q.log_sum[row]);
-        const float dz = -p.alpha * q * float(over_segments(at.slope, row)) * transform.slope(z);
+        const float dz = float(-p.alpha * over_segments(at.slope, row)) * q * transform.slope(z);
         to_float(head.weight, p.dtype, at.rows.peak.entry[row] * head.D, head.D, weight.data());
         for (int64_t d = 0; d < head.D; d++) p.dhidden[(start + row) * head.D + d] += dz * weight[d];
       }
@@ -322,7 +323,7 @@ class Chunk {
   // The segments' gradients in order, and back from lanes to rows.
   void finish_gradient() const {
     const int64_t D = p.heads[0].D;
-    parallel(panels, [&](int64_t panel, int) {
+    parallel(panels, p.threads, [&](int64_t panel, int) {
       const int64_t lanes = vectors(panel) * LANES;
       float sum[PANEL];
       for (int64_t d = 0; d < D; d++) {

@@ -25,21 +25,22 @@ struct TokenLoss {
   int64_t T, V;
   const int64_t* targets;  // [T] in range, or null
   float label_smoothing;
-  float alpha;        // loss = alpha * divergence + (1 - alpha) * nll
-  float beta;         // 0 KL(p||q), 1 KL(q||p), between JSD
+  double alpha;       // loss = alpha * divergence + (1 - alpha) * nll
+  double beta;        // 0 KL(p||q), 1 KL(q||p), between JSD
   float softcap;      // 0: none
   float logit_scale;
   float temperature;
   int64_t rows;       // rows in a chunk, a multiple of the panel
   bool stored;        // keep a chunk's logits between the sweeps
-  int threads;        // scratch is laid out for this many
+  int threads;        // as many work, each in scratch of its own
   float* loss;        // [T]
   float* dhidden;     // [T, D] or null
   float* workspace;   // workspace_floats()
 };
 
+// Runs tasks [0, tasks) on at most `threads` at once; each call knows which of them it is.
 using Task = std::function<void(int64_t task, int thread)>;
-using ParallelFor = void (*)(int64_t tasks, const Task&);
+using ParallelFor = void (*)(int64_t tasks, int threads, const Task&);
 
 // What one instruction set offers.
 struct Engine {

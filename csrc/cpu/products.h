@@ -10,19 +10,19 @@ constexpr int PANEL = PANEL_VECTORS * LANES;
 constexpr int TILE = SPF_VECTOR_BYTES == 64 ? 8 : 4;
 // Vocabulary entries of a block, and the slice of D whose panel stays in the second-level cache.
 constexpr int64_t BLOCK = 128;
-constexpr int64_t SLICE = 256;
+constexpr int64_t SLICE = 64;
 
 SPF_INLINE float half_to_float(uint16_t h) {
-  uint32_t sign = uint32_t(h & 0x8000) << 16, magnitude = uint32_t(h & 0x7fff) << 13;
-  float scaled;
-  __builtin_memcpy(&scaled, &magnitude, 4);
-  scaled *= 0x1p112f;  // rebias the exponent; subnormals come out right
-  uint32_t bits;
-  __builtin_memcpy(&bits, &scaled, 4);
-  if ((h & 0x7c00) == 0x7c00) bits |= 0x7f800000;  // infinity and NaN
-  bits |= sign;
-  __builtin_memcpy(&scaled, &bits, 4);
-  return scaled;
+  // subnormals as integers: floating-point tricks fail where the caller flushes subnormals to zero
+  const float subnormal = float(h & 0x03ff) * 0x1p-24f;
+  const uint32_t exponent = h & 0x7c00, sign = uint32_t(h & 0x8000) << 16;
+  uint32_t bits = (uint32_t(h & 0x7fff) << 13) + (exponent == 0x7c00 ? (255 - 31) << 23 : (127 - 15) << 23);
+  uint32_t small;
+  __builtin_memcpy(&small, &subnormal, 4);
+  bits = sign | (exponent ? bits : small);
+  float out;
+  __builtin_memcpy(&out, &bits, 4);
+  return out;
 }
 
 // n numbers from element `first` of a matrix of any dtype, as fp32.

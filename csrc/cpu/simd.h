@@ -61,7 +61,7 @@ SPF_INLINE vf exp(vf x) {
   return x < -87.3f ? broadcast(0.0f) : fma(e.p, e.power, e.power);
 }
 
-// e^x - 1 for x <= 0, exact near 0.
+// e^x - 1 for x <= 88, exact near 0.
 SPF_INLINE vf expm1(vf x) {
   ExpParts e = exp_parts(x);
   return x < -87.3f ? broadcast(-1.0f) : fma(e.p, e.power, e.power - 1.0f);
@@ -73,10 +73,8 @@ SPF_INLINE vf tanh(vf x) {
   return x < 0.0f ? -t : t;
 }
 
-// log(1 + x) for finite x > -1. The rounding error of 1 + x is put back as a first-order term.
-SPF_INLINE vf log1p(vf x) {
-  vf u = 1.0f + x;
-  vf lost = (x - (u - 1.0f)) / u;
+// log u for normal u > 0.
+SPF_INLINE vf log(vf u) {
   // u = 2^n (1 + f) with 1 + f in [sqrt(1/2), sqrt(2))
   vi bits = (vi)u - 0x3f3504f3;
   vf n = __builtin_convertvector(bits >> 23, vf);
@@ -85,8 +83,13 @@ SPF_INLINE vf log1p(vf x) {
   vf series = fma(s2, 1.0f / 9, 1.0f / 7);
   series = fma(series, s2, 1.0f / 5);
   series = fma(series, s2, 1.0f / 3);
-  vf log_u = fma(n, 0.693147180559945f, 2.0f * fma(s * s2, series, s));
-  return log_u + lost;
+  return fma(n, 0.693147180559945f, 2.0f * fma(s * s2, series, s));
+}
+
+// log(1 + x) for finite x > -1. The rounding error of 1 + x is put back as a first-order term.
+SPF_INLINE vf log1p(vf x) {
+  vf u = 1.0f + x;
+  return log(u) + (x - (u - 1.0f)) / u;
 }
 
 // e^d - 1 - d by its Taylor series, for |d| <= 1/2.

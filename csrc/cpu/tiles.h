@@ -81,9 +81,19 @@ struct Softmax {
 struct ValueSlope {
   vf value, slope;
 };
-constexpr float SMALL = 0.5f, RULED_OUT = 1.0f;
+constexpr float SMALL = 0.5f, RULED_OUT = 1.0f, FAR = 30.0f;
 
 SPF_INLINE vf times(vf p, vf x) { return p == 0.0f ? broadcast(0.0f) : p * x; }
+
+// The parts of teacher and student in the mixture m = p teacher + q student, from double: 1 - beta keeps
+// its digits.
+struct Mixture {
+  float p, q, log_q, p_over_q;
+
+  explicit Mixture(double beta)
+      : p(float(beta)), q(float(1.0 - beta)), log_q(float(std::log1p(-beta))),
+        p_over_q(float(beta / (1.0 - beta))) {}
+};
 
 // What is taken off the rates of a row, from d = log q - log p of the student's most probable entry.
 struct Shift {
@@ -92,16 +102,16 @@ struct Shift {
 };
 
 struct ForwardKL {
-  SPF_INLINE Shift shift(vf, float) { return {vf{}, vi{}}; }
-  SPF_INLINE ValueSlope at(vf log_p, vf log_q, float, const Shift&) {
+  SPF_INLINE Shift shift(vf, const Mixture&) { return {vf{}, vi{}}; }
+  SPF_INLINE ValueSlope at(vf log_p, vf log_q, const Mixture&, const Shift&) {
     vf p = exp(log_p), q = exp(log_q), d = log_q - log_p;
     return {abs(d) < SMALL ? p * excess(d) : q - p - times(p, d), q - p};
   }
 };
 
 struct ReverseKL {
-  SPF_INLINE Shift shift(vf d_peak, float) { return {d_peak, vi{}}; }
-  SPF_INLINE ValueSlope at(vf log_p, vf log_q, float, const Shift& shift) {
+  SPF_INLINE Shift shift(vf d_peak, const Mixture&) { return {d_peak, vi{}}; }
+  SPF_INLINE ValueSlope at(vf log_p, vf log_q, const Mixture&, const Shift& shift) {
     vf p = exp(log_p), q = exp(log_q), d = log_q - log_p;
     return {abs(d) < SMALL ? q * excess(-d) : p - q + times(q, d), times(q, d - shift.rate)};
   }
@@ -110,30 +120,28 @@ struct ReverseKL {
 struct JensenShannon {
   struct Ratios {
     vf p, q;  // log(p / m), log(q / m)
-    vf rate;  // log(q / m), but log((1 - beta) q / m) in a row that is ruled out: a small number there
+    vf rate;  // log(q / m), but log(m.q * q / m) in a row that is ruled out: a small number there
   };
-  SPF_INLINE Ratios over_mixture(vf d, float beta, vi ruled_out) {
-    const vf zero = {};
-    // the exponentials only see arguments <= 0 and cannot overflow
-    vf p_below = min(d, zero), q_below = -max(d, zero);
-    vf m_over_p = log1p((1.0f - beta) * expm1(p_below));
-    vf small = beta / (1.0f - beta) * exp(q_below), plain = beta * expm1(q_below);
-    vf m_over_q = log1p(ruled_out ? small : plain);  // times (1 - beta)^-1 where ruled out
-    vf factor = ruled_out ? broadcast(std::log1p(-beta)) : zero;
-    vi p_larger = d <= 0.0f;
-    vf rate = p_larger ? d - m_over_p + factor : -m_over_q;
-    vf q = p_larger ? d - m_over_p : -m_over_q - factor;
-    return {p_larger ? -m_over_p : q - d, q, rate};
+  SPF_INLINE Ratios over_mixture(vf d, const Mixture& m, vi ruled_out) {
+    vf log_ratio = min(-d, broadcast(FAR)), ratio = exp(log_ratio);  // p / q
+    vf less = m.p * expm1(log_ratio);                                // m / q - 1
+    vf excess = ruled_out ? m.p_over_q * ratio : less;               // over 1; m / (m.q q) where ruled out
+    vf m_over_q = excess < -0.5f ? log(m.q + m.p * ratio) : log1p(excess);
+    vf m_over_p = log(m.p + m.q * exp(d));
+    vi near = d > -FAR;
+    vf constant = ruled_out ? broadcast(m.log_q) : vf{};
+    vf rate = near ? -m_over_q : d - m_over_p + constant;
+    vf q = rate - constant;
+    return {near ? q - d : -m_over_p, q, rate};
   }
-  SPF_INLINE Shift shift(vf d_peak, float beta) {
+  SPF_INLINE Shift shift(vf d_peak, const Mixture& m) {
     vi ruled_out = d_peak > RULED_OUT;
-    return {over_mixture(d_peak, beta, ruled_out).rate, ruled_out};
+    return {over_mixture(d_peak, m, ruled_out).rate, ruled_out};
   }
-  SPF_INLINE ValueSlope at(vf log_p, vf log_q, float beta, const Shift& shift) {
-    vf p = exp(log_p), q = exp(log_q), d = log_q - log_p;
-    Ratios log = over_mixture(d, beta, shift.ruled_out);
-    return {beta * times(p, log.p) + (1.0f - beta) * times(q, log.q),
-            (1.0f - beta) * times(q, log.rate - shift.rate)};
+  SPF_INLINE ValueSlope at(vf log_p, vf log_q, const Mixture& m, const Shift& shift) {
+    vf p = exp(log_p), q = exp(log_q);
+    Ratios log = over_mixture(log_q - log_p, m, shift.ruled_out);
+    return {m.p * times(p, log.p) + m.q * times(q, log.q), m.q * times(q, log.rate - shift.rate)};
   }
 };
 
@@ -200,23 +208,23 @@ struct Rows {
 // The shift of one vector of rows, by the same arithmetic as in the tile: it cancels exactly.
 template <class Divergence>
 SPF_INLINE Shift peak_shift(const Rows& rows, const LogSoftmax& log_p, const LogSoftmax& log_q,
-                            float beta, int j) {
+                            const Mixture& m, int j) {
   vf q = log_q(load(rows.peak.z + j * LANES)), p = log_p(load(rows.peak.z_teacher + j * LANES));
-  return Divergence::shift(q - p, beta);
+  return Divergence::shift(q - p, m);
 }
 
 // Sums of value and slope over the tile, added to value[ROWS] and slope[ROWS].
 template <int NV, class Divergence>
 static void divergence_sums(const float* z, const float* z_teacher, int64_t n, const Rows& rows,
-                            float beta, float* value, float* slope) {
+                            const Mixture& m, float* value, float* slope) {
   constexpr int ROWS = NV * LANES;
   for (int j = 0; j < NV; j++) {
     const LogSoftmax log_q(rows.q, j), log_p(rows.p, j);
-    const Shift shift = peak_shift<Divergence>(rows, log_p, log_q, beta, j);
+    const Shift shift = peak_shift<Divergence>(rows, log_p, log_q, m, j);
     vf values = {}, slopes = {};
     for (int64_t v = 0; v < n; v++) {
       const int64_t at = v * ROWS + j * LANES;
-      ValueSlope f = Divergence::at(log_p(load(z_teacher + at)), log_q(load(z + at)), beta, shift);
+      ValueSlope f = Divergence::at(log_p(load(z_teacher + at)), log_q(load(z + at)), m, shift);
       values += f.value;
       slopes += f.slope;
     }
@@ -228,16 +236,16 @@ static void divergence_sums(const float* z, const float* z_teacher, int64_t n, c
 // dz (+)= alpha * (slope - q * slope_sum).
 template <int NV, class Divergence>
 static void divergence_gradient(const float* z, const float* z_teacher, int64_t n, const Rows& rows,
-                                float beta, float alpha, bool accumulate, float* dz) {
+                                const Mixture& m, float alpha, bool accumulate, float* dz) {
   constexpr int ROWS = NV * LANES;
   for (int j = 0; j < NV; j++) {
     const LogSoftmax log_q(rows.q, j), log_p(rows.p, j);
-    const Shift shift = peak_shift<Divergence>(rows, log_p, log_q, beta, j);
+    const Shift shift = peak_shift<Divergence>(rows, log_p, log_q, m, j);
     vf slope_sum = load(rows.slope_sum + j * LANES);
     for (int64_t v = 0; v < n; v++) {
       const int64_t at = v * ROWS + j * LANES;
       vf student = log_q(load(z + at));
-      ValueSlope f = Divergence::at(log_p(load(z_teacher + at)), student, beta, shift);
+      ValueSlope f = Divergence::at(log_p(load(z_teacher + at)), student, m, shift);
       vf term = alpha * (f.slope - exp(student) * slope_sum);
       store(dz + at, accumulate ? load(dz + at) + term : term);
     }
