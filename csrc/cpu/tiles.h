@@ -124,9 +124,9 @@ struct JensenShannon {
   };
   SPF_INLINE Ratios over_mixture(vf d, const Mixture& m, vi ruled_out) {
     vf log_ratio = min(-d, broadcast(FAR)), ratio = exp(log_ratio);  // p / q
-    vf less = m.p * expm1(log_ratio);                                // m / q - 1
-    vf excess = ruled_out ? m.p_over_q * ratio : less;               // over 1; m / (m.q q) where ruled out
-    vf m_over_q = excess < -0.5f ? log(m.q + m.p * ratio) : log1p(excess);
+    // m / q - 1; where ruled out m / (m.q q) - 1
+    vf above = ruled_out ? m.p_over_q * ratio : m.p * expm1(log_ratio);
+    vf m_over_q = above < -0.5f ? log(m.q + m.p * ratio) : log1p(above);
     vf m_over_p = log(m.p + m.q * exp(d));
     vi near = d > -FAR;
     vf constant = ruled_out ? broadcast(m.log_q) : vf{};
@@ -140,8 +140,8 @@ struct JensenShannon {
   }
   SPF_INLINE ValueSlope at(vf log_p, vf log_q, const Mixture& m, const Shift& shift) {
     vf p = exp(log_p), q = exp(log_q);
-    Ratios log = over_mixture(log_q - log_p, m, shift.ruled_out);
-    return {m.p * times(p, log.p) + m.q * times(q, log.q), m.q * times(q, log.rate - shift.rate)};
+    Ratios over = over_mixture(log_q - log_p, m, shift.ruled_out);
+    return {m.p * times(p, over.p) + m.q * times(q, over.q), m.q * times(q, over.rate - shift.rate)};
   }
 };
 
