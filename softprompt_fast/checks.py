@@ -1,37 +1,36 @@
-"""Every check on what a user passes to a loss; an error names argument, value and remedy."""
+"""Every check on the tensors passed to a loss; an error names argument, value and remedy."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from .losses import LossOptions
+from torch.autograd import forward_ad
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-REDUCTIONS = ("mean", "sum", "none")
 
 
-def head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def head(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    names: Sequence[str] = ("hidden", "weight", "bias"),
+) -> None:
     """hidden [..., D] in a supported dtype; weight [V, D] and bias [V] frozen, beside it."""
+    hidden_name, weight_name, bias_name = names
+    tensor(hidden_name, hidden)
     if hidden.dim() < 1:
-        raise ValueError("hidden must have shape [..., D]: got a 0-dim tensor.")
-    if hidden.dtype not in FLOAT_DTYPES:
-        raise TypeError(
-            f"hidden must be float32, bfloat16 or float16: got {hidden.dtype}. "
-            "softprompt_fast.reference computes in float64."
-        )
-    _matrix("weight", weight)
-    if weight.shape[0] == 0:
-        raise ValueError(f"weight has an empty vocabulary: shape {tuple(weight.shape)}.")
-    _same_width("hidden", hidden, "weight", weight)
-    _frozen("weight", weight)
-    _beside("weight", weight, hidden)
+        raise ValueError(f"{hidden_name} must have shape [..., D]: got a 0-dim tensor.")
+    _float_dtype(hidden_name, hidden)
+    _matrix(weight_name, weight, hidden)
+    _float_dtype(weight_name, weight)
+    _same_width(hidden_name, hidden, weight_name, weight)
+    _dtype_of_head(hidden_name, hidden, weight_name, weight)
     if bias is not None:
-        _bias("bias", bias, "weight", weight, hidden)
+        _bias(bias_name, bias, weight_name, weight, hidden)
 
 
 def teacher(
@@ -44,9 +43,9 @@ def teacher(
     """teacher [..., D_t] beside hidden; its own head [V, D_t], or the student's."""
     if not isinstance(teacher_hidden, Tensor):
         raise TypeError(
-            "teacher must be a tensor of hidden states [..., D]: "
-            f"got {type(teacher_hidden).__name__}."
+            f"teacher must be a tensor of hidden states [..., D]: got {_type(teacher_hidden)}."
         )
+    tensor("teacher", teacher_hidden)
     if teacher_hidden.requires_grad:
         raise ValueError(
             "teacher must be constant: got requires_grad=True. Compute it under torch.no_grad()."
@@ -56,16 +55,17 @@ def teacher(
             f"teacher and hidden disagree on tokens: {tuple(teacher_hidden.shape)} "
             f"against {tuple(hidden.shape)}."
         )
-    _beside("teacher", teacher_hidden, hidden)
+    _float_dtype("teacher", teacher_hidden)
+    _device("teacher", teacher_hidden, hidden)
+    _dtype_of_head("teacher", teacher_hidden, "weight", weight)
     if teacher_weight is None:
         _same_width("teacher", teacher_hidden, "weight", weight)
         if teacher_bias is not None:
             raise ValueError("teacher_bias was given without teacher_weight.")
         return
-    _matrix("teacher_weight", teacher_weight)
+    _matrix("teacher_weight", teacher_weight, hidden)
     _same_width("teacher", teacher_hidden, "teacher_weight", teacher_weight)
-    _frozen("teacher_weight", teacher_weight)
-    _beside("teacher_weight", teacher_weight, hidden)
+    _same_dtype("teacher_weight", teacher_weight, "weight", weight)
     if teacher_weight.shape[0] != weight.shape[0]:
         raise ValueError(
             "teacher_weight and weight must share one vocabulary: "
@@ -77,56 +77,39 @@ def teacher(
 
 def labels(name: str, value: Tensor, hidden: Tensor) -> None:
     """Token ids: an integer tensor of hidden's shape without its last dimension."""
+    tensor("hidden", hidden)
     if not isinstance(value, Tensor) or value.dtype not in (torch.int64, torch.int32):
-        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        got = value.dtype if isinstance(value, Tensor) else _type(value)
         raise TypeError(f"{name} must be an int64 or int32 tensor of token ids: got {got}.")
-    _per_token(name, value, hidden)
+    tensor(name, value)
+    _one_each(name, value, "token", hidden.shape[:-1], hidden)
 
 
-def token_weight(value: Tensor | None, hidden: Tensor) -> None:
-    if value is None:
-        return
-    if not value.is_floating_point():
-        raise TypeError(f"token_weight must be a floating-point tensor: got {value.dtype}.")
-    if value.requires_grad:
-        raise ValueError("token_weight must be constant: got requires_grad=True.")
-    _per_token("token_weight", value, hidden)
-
-
-def labels_in_range(name: str, value: Tensor, ignored: Tensor | None, vocabulary: int) -> None:
+def labels_in_range(value: Tensor, ignored: Tensor | None, vocabulary: int) -> None:
     """The first id that is neither ignored nor in [0, V) is an IndexError with its position."""
     outside = (value < 0) | (value >= vocabulary)
     if ignored is not None:
         outside &= ~ignored
     if outside.any():
         position = tuple(outside.nonzero()[0].tolist())
-        where = position[0] if len(position) == 1 else position
         raise IndexError(
-            f"{name}[{where}] is {int(value[position])}: a token id must be in [0, {vocabulary}) "
-            "or equal ignore_index."
+            f"the target at {list(position)} is {int(value[position])}: "
+            f"a token id must be in [0, {vocabulary}) or equal ignore_index."
         )
 
 
-def numbers(
-    options: LossOptions, *, label_smoothing: float, beta: float, alpha: float | None
+def factors(
+    name: str, value: Tensor | None, each: str, shape: Sequence[int], hidden: Tensor
 ) -> None:
-    """The numbers beside the tensors."""
-    temperature, softcap = options.temperature, options.softcap
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be a finite number above 0: got {temperature}.")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap must be None or a finite number above 0: got {softcap}.")
-    if not -math.inf < options.logit_scale < math.inf:
-        raise ValueError(f"logit_scale must be finite: got {options.logit_scale}.")
-    for name, value in (("label_smoothing", label_smoothing), ("beta", beta), ("alpha", alpha)):
-        if value is not None and not 0.0 <= value <= 1.0:
-            raise ValueError(f"{name} must be in [0, 1]: got {value}.")
-    if options.reduction not in REDUCTIONS:
-        raise ValueError(
-            f"reduction must be one of {', '.join(REDUCTIONS)}: got {options.reduction!r}."
-        )
-    if not options.workspace_mib > 0:
-        raise ValueError(f"workspace_mib must be above 0 MiB: got {options.workspace_mib}.")
+    """A constant factor for the loss of each token, or of each class."""
+    if value is None:
+        return
+    tensor(name, value)
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor: got {value.dtype}.")
+    if value.requires_grad:
+        raise ValueError(f"{name} must be constant: got requires_grad=True.")
+    _one_each(name, value, each, shape, hidden)
 
 
 def workspace(needed_bytes: float, workspace_mib: float, what: str) -> None:
@@ -138,9 +121,53 @@ def workspace(needed_bytes: float, workspace_mib: float, what: str) -> None:
         )
 
 
-def _matrix(name: str, value: Tensor) -> None:
-    if value.dim() != 2:
-        raise ValueError(f"{name} must have shape [V, D]: got {tuple(value.shape)}.")
+def tensor(name: str, value: Any) -> None:
+    """A dense tensor, without a tangent: the op would drop it and the derivative would be 0."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor: got {_type(value)}.")
+    if value.is_nested or value.layout != torch.strided:
+        layout = "nested" if value.is_nested else str(value.layout)
+        raise TypeError(f"{name} must be a dense tensor: got a {layout} one. Pad it or unpack it.")
+    if forward_ad.unpack_dual(value).tangent is not None:
+        raise RuntimeError(
+            f"softprompt_fast losses have no forward-mode derivative: {name} carries a tangent. "
+            "Use softprompt_fast.reference with torch.func.jvp and torch.autograd.forward_ad."
+        )
+
+
+def _type(value: Any) -> str:
+    return type(value).__name__
+
+
+def _matrix(name: str, value: Tensor, hidden: Tensor) -> None:
+    tensor(name, value)
+    if value.dim() != 2 or 0 in value.shape:
+        raise ValueError(
+            f"{name} must have shape [V, D], neither of them 0: got {tuple(value.shape)}."
+        )
+    _frozen(name, value)
+    _device(name, value, hidden)
+
+
+def _bias(name: str, bias: Tensor, weight_name: str, weight: Tensor, hidden: Tensor) -> None:
+    tensor(name, bias)
+    if bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"{name} must have shape [V] = [{weight.shape[0]}] like {weight_name}: "
+            f"got {tuple(bias.shape)}."
+        )
+    _frozen(name, bias)
+    _device(name, bias, hidden)
+    _same_dtype(name, bias, weight_name, weight)
+
+
+def _one_each(name: str, value: Tensor, each: str, shape: Sequence[int], hidden: Tensor) -> None:
+    if value.shape != shape:
+        raise ValueError(
+            f"{name} must have one entry per {each}, shape {tuple(shape)}: "
+            f"got {tuple(value.shape)}."
+        )
+    _device(name, value, hidden)
 
 
 def _frozen(name: str, value: Tensor) -> None:
@@ -151,25 +178,11 @@ def _frozen(name: str, value: Tensor) -> None:
         )
 
 
-def _bias(name: str, bias: Tensor, weight_name: str, weight: Tensor, hidden: Tensor) -> None:
-    if bias.shape != weight.shape[:1]:
-        raise ValueError(
-            f"{name} must have shape [V] = [{weight.shape[0]}] like {weight_name}: "
-            f"got {tuple(bias.shape)}."
-        )
-    _frozen(name, bias)
-    _beside(name, bias, hidden)
-
-
-def _beside(name: str, value: Tensor, hidden: Tensor) -> None:
+def _device(name: str, value: Tensor, hidden: Tensor) -> None:
     if value.device != hidden.device:
         raise ValueError(
-            f"{name} is on {value.device} but hidden is on {hidden.device}: move one of them."
-        )
-    if value.dtype != hidden.dtype:
-        raise TypeError(
-            f"{name} is {value.dtype} but hidden is {hidden.dtype}: "
-            "cast one of them, or run under torch.autocast."
+            f"{name} is on {value.device} but the hidden states are on {hidden.device}: "
+            "move one of them."
         )
 
 
@@ -181,13 +194,30 @@ def _same_width(name: str, hidden: Tensor, weight_name: str, weight: Tensor) -> 
         )
 
 
-def _per_token(name: str, value: Tensor, hidden: Tensor) -> None:
-    if value.shape != hidden.shape[:-1]:
-        raise ValueError(
-            f"{name} must have one entry per token, shape {tuple(hidden.shape[:-1])}: "
-            f"got {tuple(value.shape)}."
+def autocasts(device: torch.device) -> bool:
+    """Under autocast the small side is cast: the hidden states, never the head."""
+    available = torch.amp.is_autocast_available(device.type)
+    return available and torch.is_autocast_enabled(device.type)
+
+
+def _float_dtype(name: str, value: Tensor) -> None:
+    if value.dtype not in FLOAT_DTYPES:
+        raise TypeError(
+            f"{name} must be float32, bfloat16 or float16: got {value.dtype}. "
+            "softprompt_fast.reference computes in float64."
         )
-    if value.device != hidden.device:
-        raise ValueError(
-            f"{name} is on {value.device} but hidden is on {hidden.device}: move one of them."
+
+
+def _dtype_of_head(name: str, hidden: Tensor, weight_name: str, weight: Tensor) -> None:
+    if hidden.dtype != weight.dtype and not autocasts(hidden.device):
+        raise TypeError(
+            f"{name} is {hidden.dtype} but {weight_name} is {weight.dtype}: "
+            "cast one of them, or run under torch.autocast."
+        )
+
+
+def _same_dtype(name: str, value: Tensor, weight_name: str, weight: Tensor) -> None:
+    if value.dtype != weight.dtype:
+        raise TypeError(
+            f"{name} is {value.dtype} but {weight_name} is {weight.dtype}: cast one of them."
         )

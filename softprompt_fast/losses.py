@@ -6,41 +6,19 @@ that all of them share, with their defaults, are the fields of ``LossOptions``.
 
 All raise ValueError or TypeError for shapes, dtypes, devices or numbers that do not fit and for a
 head that requires grad, IndexError for a label outside the vocabulary. Under autocast the hidden
-states are cast to the head's dtype. There is no second derivative.
+states are cast to the head's dtype. There is no second derivative and no forward-mode derivative.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import backends, checks, ops
+from .options import LossOptions, check_options
 from .reduction import reduce_tokens
-
-
-class LossOptions(NamedTuple):
-    """What every loss takes by keyword."""
-
-    bias: Tensor | None = None
-    """[V], frozen"""
-    softcap: float | None = None
-    """z becomes softcap * tanh(z / softcap), before the temperature (Gemma)"""
-    logit_scale: float = 1.0
-    """factor on the product (Cohere; for Granite 1 / logits_scaling)"""
-    temperature: float = 1.0
-    """divides the logits, the teacher's too"""
-    ignore_index: int = -100
-    """tokens with this label count nothing: no loss, no gradient, no work"""
-    token_weight: Tensor | None = None
-    """[...], a factor for each token's loss"""
-    reduction: str = "mean"
-    """mean (over the tokens, or the token_weight, that count; 0 where none does), sum or none"""
-    backend: str = "auto"
-    """auto, or a name from ``backends.available()``"""
-    workspace_mib: float = 256
-    """MiB that may be allocated beyond inputs, loss and gradient"""
 
 
 def linear_nll(
@@ -56,6 +34,7 @@ def linear_nll(
     hidden [..., D]    weight [V, D], frozen    targets [...] int
     options: ``LossOptions``
     """
+    check_options(label_smoothing=label_smoothing, **options)
     checks.labels("targets", targets, hidden)
     return _loss(
         hidden, weight, LossOptions(**options), targets=targets, label_smoothing=label_smoothing
@@ -84,6 +63,7 @@ def linear_kl(
     labels [...] only says which tokens count: those unequal to ignore_index.
     options: ``LossOptions``
     """
+    check_options(beta=beta, **options)
     if labels is not None:
         checks.labels("labels", labels, hidden)
     return _loss(
@@ -116,6 +96,7 @@ def linear_distill(
 
     Shapes as in ``linear_kl`` and ``linear_nll``; the temperature applies to both terms.
     """
+    check_options(alpha=alpha, beta=beta, label_smoothing=label_smoothing, **options)
     checks.labels("targets", targets, hidden)
     return _loss(
         hidden,
@@ -146,23 +127,21 @@ def _loss(
     alpha: float | None = None,
 ) -> Tensor:
     """Check, flatten to [T, D], run the op, reduce. ``alpha`` None: there is no teacher."""
-    hidden, teacher = _autocast(hidden, hidden, weight), _autocast(teacher, hidden, weight)
     checks.head(hidden, weight, options.bias)
-    checks.numbers(options, label_smoothing=label_smoothing, beta=beta, alpha=alpha)
-    checks.token_weight(options.token_weight, hidden)
+    checks.factors("token_weight", options.token_weight, "token", hidden.shape[:-1], hidden)
     if alpha is not None:
         checks.teacher(hidden, weight, teacher, teacher_weight, teacher_bias)
     counted = targets if targets is not None else labels
     keep = None if counted is None else counted != options.ignore_index
 
     token_loss, _ = ops.token_loss(
-        _rows(hidden),
+        _rows(hidden).to(weight.dtype),
         weight,
         options.bias,
         targets,
         keep,
         label_smoothing,
-        None if teacher is None else _rows(teacher),
+        None if teacher is None else _rows(teacher).to(weight.dtype),
         teacher_weight,
         teacher_bias,
         beta,
@@ -177,13 +156,6 @@ def _loss(
     return reduce_tokens(
         token_loss.view(hidden.shape[:-1]), keep, options.token_weight, options.reduction
     )
-
-
-def _autocast(states: Any, hidden: Tensor, weight: Tensor) -> Any:
-    """Under autocast the small side is cast: the hidden states, never the head."""
-    if isinstance(states, Tensor) and torch.is_autocast_enabled(hidden.device.type):
-        return states.to(weight.dtype)
-    return states
 
 
 def _rows(hidden: Tensor) -> Tensor:

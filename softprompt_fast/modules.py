@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from . import checks
 from .losses import linear_kl, linear_nll
+from .options import LossOptions, check_options
 
 
 class _WithOptions(nn.Module):
+    loss: ClassVar[Callable[..., Tensor]]
+
     def __init__(self, **options: Any) -> None:
         super().__init__()
+        parameters = inspect.signature(self.loss).parameters.values()
+        own = [p.name for p in parameters if p.kind == p.KEYWORD_ONLY]
+        for name in options:
+            if name not in (valid := [*own, *LossOptions._fields]):
+                raise TypeError(
+                    f"{type(self).__name__} has no option {name!r}: it takes {', '.join(valid)}."
+                )
+        check_options(**options)
         self.options = options
 
     def extra_repr(self) -> str:
@@ -21,17 +35,21 @@ class _WithOptions(nn.Module):
 class LinearNLLLoss(_WithOptions):
     """``linear_nll``, its options fixed: ``LinearNLLLoss(**options)(hidden, weight, targets)``."""
 
+    loss = staticmethod(linear_nll)
+
     def forward(self, hidden: Tensor, weight: Tensor, targets: Tensor, **tensors: Any) -> Tensor:
         """``tensors``: bias, token_weight, or any option for this call only."""
-        return linear_nll(hidden, weight, targets, **{**self.options, **tensors})
+        return self.loss(hidden, weight, targets, **{**self.options, **tensors})
 
 
 class LinearKLLoss(_WithOptions):
     """``linear_kl``, its options fixed: ``LinearKLLoss(beta=0.5)(hidden, weight, teacher)``."""
 
+    loss = staticmethod(linear_kl)
+
     def forward(self, hidden: Tensor, weight: Tensor, teacher: Tensor, **tensors: Any) -> Tensor:
         """``tensors``: labels, bias, teacher_weight, token_weight, or any option for this call."""
-        return linear_kl(hidden, weight, teacher, **{**self.options, **tensors})
+        return self.loss(hidden, weight, teacher, **{**self.options, **tensors})
 
 
 def linear_cross_entropy(
@@ -58,30 +76,28 @@ def linear_cross_entropy(
         raise ValueError(
             "options must be None: chunking is chosen by linear_nll(..., workspace_mib=...)."
         )
-    ignore_index = -100 if ignore_index is None else ignore_index
-    if target.is_floating_point():
+    # under its own names first: what linear_nll would say is about other arguments
+    checks.head(input, linear_weight, linear_bias, ("input", "linear_weight", "linear_bias"))
+    if isinstance(target, Tensor) and target.is_floating_point():
         raise TypeError(
             f"target must hold class indices: got class probabilities ({target.dtype}, "
             f"shape {tuple(target.shape)}), which only PyTorch's own function takes."
         )
+    checks.labels("target", target, input)
+    checks.factors("weight", weight, "class", linear_weight.shape[:1], input)
     token_weight = None
     if weight is not None:
         if label_smoothing:
             raise ValueError("weight and label_smoothing cannot be combined here.")
-        if weight.shape != linear_weight.shape[:1]:
-            raise ValueError(
-                f"weight must have one entry per class, [{linear_weight.shape[0]}]: "
-                f"got shape {tuple(weight.shape)}."
-            )
-        classes = target.clamp(0, weight.shape[0] - 1).long()
-        token_weight = weight[classes]
+        # a target outside the vocabulary is refused later
+        token_weight = weight[target.clamp(0, len(weight) - 1).long()]
     return linear_nll(
         input,
         linear_weight,
         target,
         bias=linear_bias,
         label_smoothing=label_smoothing,
-        ignore_index=ignore_index,
+        ignore_index=-100 if ignore_index is None else ignore_index,
         token_weight=token_weight,
         reduction=reduction,
     )

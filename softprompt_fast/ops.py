@@ -47,7 +47,12 @@ def token_loss(
     """
     if targets is not None:
         ignored = None if keep is None else ~keep
-        checks.labels_in_range("targets", targets, ignored, weight.shape[0])
+        checks.labels_in_range(targets, ignored, weight.shape[0])
+    # a term without weight costs nothing, and may be infinite
+    if alpha == 1:
+        targets = None
+    if alpha == 0:
+        teacher = teacher_weight = teacher_bias = None
     problem = Problem(
         hidden,
         weight,
@@ -105,6 +110,7 @@ def _save_for_backward(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad_loss, _grad_dhidden):
+    checks.tensor("the upstream gradient", grad_loss)
     dhidden, hidden = ctx.saved_tensors
     return token_loss_backward(grad_loss, dhidden, hidden), *[None] * 16
 

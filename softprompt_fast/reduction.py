@@ -14,17 +14,15 @@ def reduce_tokens(
     token_loss [...]; keep [...] bool, None where all count; token_weight [...].
     With nothing that counts the sum and the mean are 0, never NaN.
     """
+    weight = torch.ones_like(token_loss) if token_weight is None else token_weight
+    weight = weight.to(token_loss.dtype)
     if keep is not None:
-        token_loss = torch.where(keep, token_loss, 0.0)
-    if token_weight is not None:
-        weight = token_weight.to(token_loss.dtype)
-        token_loss = token_loss * weight
+        # before the product: what is ignored may be infinite or NaN
+        token_loss, weight = (torch.where(keep, value, 0.0) for value in (token_loss, weight))
+    token_loss = token_loss * weight
     if reduction == "none":
         return token_loss
     if reduction == "sum":
         return token_loss.sum()
-    counted = torch.ones_like(token_loss) if token_weight is None else weight
-    if keep is not None:
-        counted = torch.where(keep, counted, 0.0)
-    total = counted.sum()
-    return token_loss.sum() / torch.where(total == 0, 1.0, total)
+    # weights may cancel: then the mean is not finite, as it is in PyTorch
+    return token_loss.sum() / torch.where((weight != 0).any(), weight.sum(), 1.0)

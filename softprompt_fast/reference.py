@@ -45,7 +45,7 @@ def linear_nll(
 ) -> Tensor:
     """``F.cross_entropy`` on materialised logits. ``head``: the options of ``logits``."""
     z = logits(hidden, weight, **head)
-    checks.labels_in_range("targets", targets, targets == ignore_index, z.shape[-1])
+    checks.labels_in_range(targets, targets == ignore_index, z.shape[-1])
     token_loss = F.cross_entropy(
         z.reshape(-1, z.shape[-1]),
         targets.flatten().long(),
@@ -76,20 +76,25 @@ def linear_kl(
     with torch.no_grad():
         own_head = (weight, bias) if teacher_weight is None else (teacher_weight, teacher_bias)
         log_p = logits(teacher, own_head[0], bias=own_head[1], **head).log_softmax(-1)
-    # an entry that neither can give has no part in it
-    absent = log_p.isneginf() & log_q.isneginf()
-    log_p, log_q = log_p.masked_fill(absent, 0.0), log_q.masked_fill(absent, 0.0)
     if beta == 0.0:
-        token_loss = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+        token_loss = _kl(log_p, log_q)
     elif beta == 1.0:
-        token_loss = F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
+        token_loss = _kl(log_q, log_p)
     else:
+        # logaddexp has no derivative where both are -inf; e^-1e4 is 0 as well
+        absent = log_p.isneginf() & log_q.isneginf()
+        log_p, log_q = log_p.masked_fill(absent, -1e4), log_q.masked_fill(absent, -1e4)
         log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
-        kl_p = F.kl_div(log_m, log_p, reduction="none", log_target=True).sum(-1)
-        kl_q = F.kl_div(log_m, log_q, reduction="none", log_target=True).sum(-1)
-        token_loss = beta * kl_p + (1 - beta) * kl_q
+        token_loss = beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
     keep = None if labels is None else labels != ignore_index
     return reduce_tokens(token_loss, keep, token_weight, reduction)
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q). An entry that p cannot give has no part in it, whatever q is there."""
+    absent = log_p.exp() == 0
+    log_p, log_q = log_p.masked_fill(absent, 0.0), log_q.masked_fill(absent, 0.0)
+    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
 
 
 def linear_distill(
@@ -106,6 +111,9 @@ def linear_distill(
     **options,
 ) -> Tensor:
     """alpha * linear_kl + (1 - alpha) * linear_nll, over the tokens whose target counts."""
+    nll = linear_nll(hidden, weight, targets, label_smoothing=label_smoothing, **options)
+    if alpha == 0:
+        return nll
     kl = linear_kl(
         hidden,
         weight,
@@ -116,5 +124,5 @@ def linear_distill(
         labels=targets,
         **options,
     )
-    nll = linear_nll(hidden, weight, targets, label_smoothing=label_smoothing, **options)
-    return alpha * kl + (1 - alpha) * nll
+    # a term without weight may be infinite
+    return kl if alpha == 1 else alpha * kl + (1 - alpha) * nll

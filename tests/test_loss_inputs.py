@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 import torch
 from contract import (
@@ -17,6 +18,7 @@ from contract import (
     make_case,
     run,
 )
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -50,14 +52,16 @@ def test_a_label_outside_the_vocabulary_is_named(backend, loss, label):
     case = make_case(loss, vocabulary=131)
     case.targets[4] = label
     case.targets[7] = IGNORED
-    text = rf"targets\[4\] is {label}: a token id must be in \[0, 131\) or equal ignore_index"
+    text = (
+        rf"the target at \[4\] is {label}: a token id must be in \[0, 131\) or equal ignore_index"
+    )
     refuses(IndexError, text, case, backend=backend)
 
 
 def test_the_position_of_a_label_is_the_callers():
     case = make_case("linear_nll", shape=(2, 5))
     case.targets[1, 2] = 131
-    refuses(IndexError, r"targets\[\(?1, 2\)?\] is 131", case)
+    refuses(IndexError, r"target at \[1, 2\] is 131", case)
 
 
 @each_backend
@@ -65,7 +69,7 @@ def test_ignore_index_may_lie_in_the_vocabulary(backend):
     case = make_case("linear_nll", ignore_index=3)
     case.targets[[0, 5]] = 3
     case.targets[2] = -100
-    refuses(IndexError, r"targets\[2\] is -100", case, backend=backend)
+    refuses(IndexError, r"target at \[2\] is -100", case, backend=backend)
     case.targets[2] = 7
     check(case, *run(case, backend=backend))
 
@@ -109,6 +113,45 @@ def test_token_weights_are_constant_floats():
     )
 
 
+@each_backend
+@each_loss
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_the_weight_of_an_ignored_token_is_not_looked_at(backend, loss, value):
+    case = make_case(loss, ignored=0.5, weighted=True)
+    ignored, weight = case.targets == IGNORED, case.options["token_weight"]
+    assert 0 < ignored.sum() < 9
+    for reduction in ("mean", "sum", "none"):
+        expected = run(case, backend=backend, reduction=reduction)
+        odd = weight.masked_fill(ignored, value)
+        actual = run(case, backend=backend, reduction=reduction, token_weight=odd)
+        for one, other in zip(actual, expected, strict=True):
+            assert torch.equal(one, other)
+
+
+@each_backend
+def test_weights_that_cancel_are_not_weights_of_nothing(backend):
+    """The mean is PyTorch's, the sum divided by 0; it is not the sum."""
+    case = make_case("linear_nll", shape=(2,))
+    assert call(case, backend=backend, token_weight=torch.tensor([1.0, -1.0])).isinf()
+    assert call(case, backend=backend, token_weight=torch.zeros(2)) == 0
+
+
+@each_backend
+@pytest.mark.parametrize("alpha", [0, 1])
+def test_a_term_without_weight_may_be_infinite(backend, alpha):
+    """0 * inf would be NaN."""
+    case = make_case("linear_distill", bias=True, teacher_width=24, alpha=alpha)
+    case.targets[case.targets == 3] = 4
+    if alpha:  # no teacher gives the first target either
+        case.options["bias"][case.targets[0]] = -torch.inf
+        case.options["teacher_bias"][case.targets[0]] = -torch.inf
+    else:
+        case.options["bias"][3] = -torch.inf
+    loss, gradient = run(case, backend=backend)
+    assert loss.isfinite()
+    check(case, loss, gradient)
+
+
 # --- shapes and dtypes ---
 
 
@@ -136,11 +179,16 @@ def test_heads_that_are_no_matrix_or_empty():
     case = make_case("linear_nll")
     refuses(
         ValueError,
-        r"weight must have shape \[V, D\]: got \(24,\)",
+        r"weight must have shape \[V, D\].*: got \(24,\)",
         replaced(case, 0, torch.ones(24)),
     )
-    empty = replaced(case, 0, torch.ones(0, 24))
-    refuses(ValueError, r"weight has an empty vocabulary: shape \(0, 24\)", empty)
+    text = r"weight must have shape \[V, D\], neither of them 0: got"
+    refuses(ValueError, rf"{text} \(0, 24\)", replaced(case, 0, torch.ones(0, 24)))
+    no_width = replaced(case, 0, torch.ones(131, 0))
+    no_width.hidden = torch.ones(9, 0)
+    refuses(ValueError, rf"{text} \(131, 0\)", no_width)
+    kl = replaced(make_case("linear_kl"), 1, torch.ones(9, 0))
+    refuses(ValueError, rf"teacher_{text} \(131, 0\)", kl, teacher_weight=torch.ones(131, 0))
     text = r"bias must have shape \[V\] = \[131\] like weight: got \(130,\)"
     refuses(ValueError, text, case, bias=torch.zeros(130))
     case.hidden = torch.tensor(1.0)
@@ -170,21 +218,70 @@ def test_teachers_that_do_not_fit():
 
 def test_mixed_dtypes_need_autocast():
     case = make_case("linear_kl", dtype=torch.bfloat16, bias=True)
-    text = "is torch.float32 but hidden is torch.bfloat16: cast one of them.*torch.autocast"
-    refuses(TypeError, f"weight {text}", replaced(case, 0, case.weight.float()))
-    refuses(TypeError, f"teacher {text}", replaced(case, 1, case.teacher.float()))
-    refuses(TypeError, f"bias {text}", case, bias=case.options["bias"].float())
-    refuses(TypeError, f"teacher_weight {text}", case, teacher_weight=case.weight.float())
+    text = "is torch.float32 but weight is torch.bfloat16: cast one of them"
+    wide = replaced(case, 1, case.teacher.float())
+    refuses(TypeError, f"teacher {text}, or run under torch.autocast", wide)
+    wide.hidden = case.hidden.float()
+    refuses(TypeError, f"hidden {text}, or run under torch.autocast", wide)
+    for autocast in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            refuses(TypeError, rf"bias {text}\.", case, bias=case.options["bias"].float())
+            other = case.weight.float()
+            refuses(TypeError, rf"teacher_weight {text}\.", case, teacher_weight=other)
 
 
-def test_dtypes_that_are_not_computed_here():
-    case = make_case("linear_nll").double()
-    refuses(TypeError, "hidden must be float32, bfloat16 or float16: got torch.float64", case)
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.complex64], ids=str)
+def test_dtypes_that_are_not_computed_here(dtype, autocast):
+    case = make_case("linear_kl")
+    text = f"must be float32, bfloat16 or float16: got {dtype}"
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        refuses(TypeError, f"weight {text}", replaced(case, 0, case.weight.to(dtype)))
+        refuses(TypeError, f"teacher {text}", replaced(case, 1, case.teacher.to(dtype)))
+        case.hidden = case.hidden.to(dtype)
+        refuses(TypeError, f"hidden {text}", case)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        (lambda tensor: tensor.tolist(), "must be a tensor.*: got list"),
+        (lambda tensor: tensor.to_sparse(), "must be a dense tensor: got a torch.sparse_coo one"),
+        (
+            lambda tensor: torch.nested.nested_tensor(list(tensor), layout=torch.jagged),
+            "must be a dense tensor: got a nested one",
+        ),
+    ],
+    ids=["list", "sparse", "nested"],
+)
+def test_what_is_no_dense_tensor(wrong, text):
+    case = make_case("linear_kl", bias=True, weighted=True, teacher_width=24)
+    refuses(TypeError, f"weight {text}", replaced(case, 0, wrong(case.weight)))
+    refuses(TypeError, f"teacher {text}", replaced(case, 1, wrong(case.teacher)))
+    refuses(TypeError, f"teacher_weight {text}", case, teacher_weight=wrong(case.weight))
+    if "nested" not in text:
+        for name in ("bias", "teacher_bias", "token_weight"):
+            refuses(TypeError, f"{name} {text}", case, **{name: wrong(case.options[name])})
+        labels = torch.zeros(9, dtype=torch.long)
+        refuses(TypeError, "labels must be ", case, labels=wrong(labels))
+    case.hidden = wrong(case.hidden)
+    refuses(TypeError, f"hidden {text}", case)
+
+
+@each_loss
+def test_on_meta_only_shapes_are_computed(loss):
+    case = make_case(loss, shape=(2, 5), reduction="none")
+    case.hidden = case.hidden.to("meta").requires_grad_()
+    case.tensors = tuple(value.to("meta") for value in case.tensors)
+    value = call(case)
+    assert value.is_meta and value.shape == (2, 5)
+    value.sum().backward()
+    assert case.hidden.grad.shape == case.hidden.shape
 
 
 def test_mixed_devices_are_named():
     case = make_case("linear_kl", bias=True)
-    text = "is on meta but hidden is on cpu"
+    text = "is on meta but the hidden states are on cpu"
     refuses(ValueError, f"weight {text}", replaced(case, 0, case.weight.to("meta")))
     refuses(ValueError, f"teacher {text}", replaced(case, 1, case.teacher.to("meta")))
     refuses(ValueError, f"bias {text}", case, bias=case.options["bias"].to("meta"))
@@ -194,25 +291,27 @@ def test_mixed_devices_are_named():
 
 # --- numbers and names ---
 
+NORMAL = "in float32's range, 1.2e-38 to 3.4e+38"
+UNUSABLE = (float("nan"), float("inf"), 1e39, 1e-39, 1e-46)
+
 
 @each_loss
 @pytest.mark.parametrize(
     ("option", "values", "text"),
     [
-        ("temperature", (0.0, -1.0, float("nan"), float("inf")), "a finite number above 0"),
-        ("softcap", (0.0, -30.0, float("nan")), "None or a finite number above 0"),
-        ("logit_scale", (float("nan"), float("inf")), "finite"),
-        ("workspace_mib", (0, -1, float("nan")), "above 0 MiB"),
+        ("temperature", (0.0, -1.0, *UNUSABLE), f"above 0 and {NORMAL}"),
+        ("softcap", (0.0, -30.0, *UNUSABLE), f"None, or above 0 and {NORMAL}"),
+        ("logit_scale", UNUSABLE, f"0, or its magnitude {NORMAL}"),
+        ("workspace_mib", (0, -1, *UNUSABLE, 1e308), f"above 0 and {NORMAL}"),
+        ("ignore_index", (2**63,), "an int64"),
         ("reduction", ("avg", "MEAN"), "one of mean, sum, none"),
         ("backend", ("fastest",), "auto, torch, cpp, triton, cuda"),
     ],
 )
 def test_options_out_of_range(loss, option, values, text):
     for value in values:
-        got = re.escape(repr(value) if isinstance(value, str) else str(value))
-        refuses(
-            ValueError, f"{option} must be {text}: got {got}", make_case(loss), **{option: value}
-        )
+        text_ = re.escape(f"{option} must be {text}: got {value!r}")
+        refuses(ValueError, text_, make_case(loss), **{option: value})
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
@@ -228,6 +327,38 @@ def test_fractions_out_of_range(value):
 
 
 @each_loss
+@pytest.mark.parametrize("value", [torch.tensor(1.0, requires_grad=True), "1", True], ids=repr)
+def test_options_that_are_no_numbers(loss, value):
+    """A tensor would be taken for its value, and its gradient lost."""
+    options = ["softcap", "logit_scale", "temperature", "workspace_mib"]
+    options += [] if loss == "linear_kl" else ["label_smoothing"]
+    options += [] if loss == "linear_nll" else ["beta"]
+    options += ["alpha"] if loss == "linear_distill" else []
+    kind = type(value).__name__
+    for option in options:
+        text = f"{option} must be an int or a float: got {kind} "
+        refuses(TypeError, re.escape(text), make_case(loss), **{option: value})
+    for wrong in (value, 1.5, None):
+        text = f"ignore_index must be an int: got {type(wrong).__name__} "
+        refuses(TypeError, text, make_case(loss), ignore_index=wrong)
+
+
+def test_none_is_no_alpha():
+    """Without one there would be no teacher."""
+    text = "alpha must be an int or a float: got NoneType None"
+    refuses(TypeError, text, make_case("linear_distill"), alpha=None)
+
+
+@each_backend
+def test_numpy_numbers_are_numbers(backend):
+    case = make_case("linear_distill", ignored=0.3)
+    expected = call(case, backend=backend, temperature=1.5, logit_scale=0.5, alpha=1, beta=0.0)
+    options = {"temperature": np.float32(1.5), "logit_scale": np.float16(0.5), "alpha": np.int64(1)}
+    options |= {"beta": np.float64(0), "ignore_index": np.int32(IGNORED)}
+    assert torch.equal(call(case, backend=backend, **options), expected)
+
+
+@each_loss
 def test_an_unknown_option_is_named(loss):
     refuses(TypeError, "unexpected keyword argument 'temprature'", make_case(loss), temprature=2.0)
 
@@ -239,22 +370,6 @@ def test_a_backend_that_cannot_run_says_why():
         make_case("linear_nll"),
         backend="triton",
     )
-
-
-def test_linear_cross_entropy_refuses_what_only_pytorchs_takes():
-    case = make_case("linear_nll")
-    arguments = (case.hidden, case.weight)
-    with pytest.raises(TypeError, match="target must hold class indices: got class probabilities"):
-        spf.linear_cross_entropy(*arguments, torch.rand(9, 131))
-    with pytest.raises(ValueError, match=r"options must be None.*workspace_mib"):
-        spf.linear_cross_entropy(*arguments, case.targets, options={"chunk": 1})
-    weight = torch.rand(131)
-    with pytest.raises(ValueError, match="weight and label_smoothing cannot be combined"):
-        spf.linear_cross_entropy(*arguments, case.targets, weight=weight, label_smoothing=0.1)
-    with pytest.raises(
-        ValueError, match=r"weight must have one entry per class, \[131\].*\(130,\)"
-    ):
-        spf.linear_cross_entropy(*arguments, case.targets, weight=weight[1:])
 
 
 # --- autograd ---
@@ -361,6 +476,42 @@ def test_a_second_derivative_through_another_loss_is_refused(backend, loss, mix)
     (gradient,) = torch.autograd.grad(total, hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
         (total + gradient.square().sum()).backward()
+
+
+@each_backend
+@each_loss
+def test_a_forward_mode_derivative_is_refused(backend, loss):
+    """The op has none, and PyTorch would take it for 0."""
+    own = None if loss == "linear_nll" else 24
+    case = make_case(loss, bias=True, weighted=True, teacher_width=own)
+    text = "no forward-mode derivative: {} carries a tangent.*softprompt_fast.reference"
+    with pytest.raises(RuntimeError, match=text.format("hidden")):
+        torch.func.jvp(
+            lambda hidden: getattr(spf, loss)(hidden, *case.tensors, backend=backend),
+            (case.hidden,),
+            (case.hidden,),
+        )
+    with forward_ad.dual_level():
+        call(case, backend=backend)
+        options = [name for name, value in case.options.items() if isinstance(value, torch.Tensor)]
+        for name in options:
+            dual = forward_ad.make_dual(case.options[name], case.options[name])
+            refuses(RuntimeError, text.format(name), case, backend=backend, **{name: dual})
+        for position, name in ((0, "weight"), (-1, "teacher")):
+            if name == "weight" or loss != "linear_nll":
+                value = case.tensors[position]
+                other = replaced(case, position, forward_ad.make_dual(value, value))
+                refuses(RuntimeError, text.format(name), other, backend=backend)
+
+
+@each_backend
+def test_a_tangent_of_the_upstream_gradient_is_refused(backend):
+    case = make_case("linear_nll")
+    case.hidden.requires_grad_()
+    loss = call(case, backend=backend)
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="the upstream gradient"):
+        upstream = forward_ad.make_dual(torch.ones(()), torch.ones(()))
+        torch.autograd.grad(loss, case.hidden, upstream)
 
 
 class OpOutputs(TorchDispatchMode):

@@ -29,6 +29,13 @@ def double_case(loss, **options):
     return case.double()
 
 
+def value_and_gradient(case):
+    hidden = case.hidden.clone().requires_grad_()
+    loss = getattr(reference, case.loss)(hidden, *case.tensors, **case.options)
+    (gradient,) = torch.autograd.grad(loss, hidden)
+    return loss.detach(), gradient
+
+
 def gradcheck(case, loss):
     """Numerical first and second derivatives by hidden."""
     options = case.options
@@ -138,6 +145,37 @@ def test_divergences_ignore_an_entry_at_minus_infinity():
         torch.testing.assert_close(loss, expected)
 
 
+@each_beta
+@pytest.mark.parametrize("absent", ["bias", "teacher_bias"])
+def test_an_entry_that_only_one_side_cannot_give(absent, beta):
+    """0 log(0 / q) is 0, and p log(p / 0) infinite; Jensen-Shannon is always finite."""
+    case = make_case("linear_kl", bias=True, teacher_width=5, beta=beta).double()
+    case.options[absent][3] = -torch.inf
+    loss, gradient = value_and_gradient(case)
+    infinite = beta == (0.0 if absent == "bias" else 1.0)
+    assert loss.isposinf() if infinite else loss.isfinite()
+    # what only tends to 0 must tend there
+    case.options[absent][3] = -500.0
+    near, near_gradient = value_and_gradient(case)
+    if not infinite:
+        torch.testing.assert_close(loss, near)
+    if not infinite or beta == 0.0:
+        torch.testing.assert_close(gradient, near_gradient)
+
+
+@pytest.mark.parametrize("alpha", [0, 1])
+def test_distill_drops_a_term_without_weight(alpha):
+    case = make_case("linear_distill", bias=True, teacher_width=5, alpha=alpha).double()
+    case.targets[case.targets == 3] = 4
+    if alpha:  # the likelihood is infinite, for the teacher gives no first target either
+        case.options["bias"][case.targets[0]] = -torch.inf
+        case.options["teacher_bias"][case.targets[0]] = -torch.inf
+    else:  # the divergence is
+        case.options["bias"][3] = -torch.inf
+    loss, gradient = value_and_gradient(case)
+    assert loss.isfinite() and gradient.isfinite().all()
+
+
 def test_distill_is_the_sum_of_its_terms():
     case = double_case("linear_distill", beta=0.3, label_smoothing=0.1)
     options = dict(case.options)
@@ -182,5 +220,5 @@ def test_low_precision_is_computed_in_float32():
 def test_a_label_outside_the_vocabulary():
     case = make_case("linear_nll", shape=(2, 3), vocabulary=7)
     case.targets[1, 2] = 7
-    with pytest.raises(IndexError, match=r"targets\[\(?1, 2\)?\] is 7: .* \[0, 7\)"):
+    with pytest.raises(IndexError, match=r"target at \[1, 2\] is 7: .* \[0, 7\)"):
         reference.linear_nll(case.hidden, *case.tensors)
