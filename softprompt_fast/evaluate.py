@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -54,7 +55,8 @@ def evaluate(
     perplexity: of the answer. kl_recovered: 1 - kl / kl of "no context".
     ``report["answers"]``: what each condition itself answers to the first ``num_samples`` queries.
 
-    Raises ValueError if the prompt is another model's, or there are no records.
+    Raises ValueError if the prompt is another model's, there are no records, or the model has too
+    few positions.
     """
     if not records:
         raise ValueError("evaluation needs at least one query")
@@ -68,6 +70,9 @@ def evaluate(
     )
     student = SoftPromptModel(model, prompt)
     examples = make_examples(teacher, tokenizer, records, context, record_hidden=True)
+    for example in examples:
+        student.check_length(example.query, len(example.answer.ids))
+    answers = _answers(teacher, student, tokenizer, records, examples, num_samples)
     hidden = _hidden_states(teacher, student, examples)
     lengths = torch.tensor([len(example.answer.ids) for example in examples])
     targets = torch.tensor([token for example in examples for token in example.answer.ids])
@@ -92,32 +97,18 @@ def evaluate(
         "standard_error": "over queries: the tokens of one answer count as one cluster",
         "conditions": rows,
         "kl_recovered": rows[SOFT]["kl_recovered"],
-        "answers": _answers(teacher, student, tokenizer, records, examples, num_samples),
+        "answers": answers,
         "seconds": round(time.perf_counter() - started, 1),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
-
-
-def _without_context(query: Query) -> Query:
-    return Query(before=[], context=[], after=query.plain, plain=query.plain, source=query.source)
-
-
-def _with_cut_context(query: Query, num_tokens: int) -> Query:
-    return Query(
-        before=query.before,
-        context=query.context[:num_tokens],
-        after=query.after,
-        plain=query.plain,
-        source=query.source,
-    )
 
 
 def _other_queries(student: SoftPromptModel, queries: Sequence[Query]) -> dict[str, list[Query]]:
     """The queries as the conditions without a soft prompt ask them."""
     P = student.prompt.config.num_virtual_tokens
     return {
-        NONE: [_without_context(query) for query in queries],
-        CUT: [_with_cut_context(query, P) for query in queries],
+        NONE: [replace(query, before=[], context=[], after=query.plain) for query in queries],
+        CUT: [replace(query, context=query.context[:P]) for query in queries],
     }
 
 
@@ -220,7 +211,12 @@ def _answers(
         ids = [answer.ids for answer in answers]
         return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
-    texts = {FULL: decode(example.answer for example in examples[:num_samples])}
+    # An answer of the data is not the teacher's: then it has to write its own.
+    known = [
+        example.answer.ids if record.completion is None else None
+        for example, record in zip(examples, records, strict=True)
+    ]
+    texts = {FULL: decode(teacher.answer(queries, known[:num_samples], record_hidden=False))}
     for name, others in _other_queries(student, queries).items():
         texts[name] = decode(teacher.answer(others, record_hidden=False))
     texts[SOFT] = generate(

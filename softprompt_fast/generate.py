@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from .decoding import in_batches, write
 from .model import Collator, SoftPromptModel, TrainingExample
-from .prompting import Query
-from .teacher import PLAIN_GREEDY, Answer, Teacher
+from .prefix_cache import Prefix
+from .prompting import Query, student_layout
+from .teacher import Answer, Teacher
 
 
 @torch.no_grad()
@@ -25,8 +27,11 @@ def generate(
 ) -> list[str]:
     """The greedy answer to each query, as text. The queries' contexts are not read.
 
-    Raises ValueError if max_new_tokens or batch_size is less than 1.
+    Raises ValueError if max_new_tokens or batch_size is less than 1, or if the prompt, a query and
+    its answer do not fit into the model's positions.
     """
+    for query in queries:
+        model.check_length(query, max_new_tokens)
     # The rules for answers are the teacher's: which numbers are allowed, which tokens end one.
     ends = Teacher(
         model.base, tokenizer, max_new_tokens=max_new_tokens, batch_size=batch_size
@@ -37,24 +42,30 @@ def generate(
         placement=config.placement,
         padding_side="left",
     )
-    answers: list[str] = []
+    device = model.prompt.embedding.device
+
+    def length(index: int) -> int:
+        return sum(map(len, student_layout(queries[index], config.placement)))
+
+    may_pad = Prefix.read(model.base, []).bears_padding
+    texts: dict[int, str] = {}
     with tqdm(total=len(queries), desc="answers", disable=not show_progress) as progress:
-        for start in range(0, len(queries), batch_size):
-            part = queries[start : start + batch_size]
+        for part in in_batches(range(len(queries)), batch_size, length=length, may_pad=may_pad):
             # The last token of an answer is no input: an answer of one token is the query alone.
-            batch = collate([TrainingExample(query=q, answer=Answer(ids=[0])) for q in part])
-            device = model.prompt.embedding.device
-            written = model.base.generate(
-                inputs_embeds=model.inputs_embeds(
-                    batch["input_ids"].to(device), batch["prompt_mask"].to(device)
-                ),
-                attention_mask=batch["attention_mask"].to(device),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                eos_token_id=ends or None,
-                pad_token_id=ends[0] if ends else 0,
-                **PLAIN_GREEDY,
+            answer = Answer(ids=[0])
+            batch = collate([TrainingExample(query=queries[i], answer=answer) for i in part])
+            ids, mask, prompt_mask = (
+                batch[name].to(device) for name in ("input_ids", "attention_mask", "prompt_mask")
             )
-            answers += tokenizer.batch_decode(written, skip_special_tokens=True)
+            written = write(
+                model.base,
+                ids,
+                mask,
+                max_new_tokens=max_new_tokens,
+                end_ids=ends,
+                embeds=model.inputs_embeds(ids, prompt_mask),
+            )
+            decoded = tokenizer.batch_decode(written, skip_special_tokens=True)
+            texts.update(zip(part, decoded, strict=True))
             progress.update(len(part))
-    return [answer.strip() for answer in answers]
+    return [texts[index].strip() for index in range(len(queries))]

@@ -98,12 +98,14 @@ def check_head(model: PreTrainedModel) -> None:
         f"the hidden states of {name} from embeddings (first) and from token ids",
         hidden,
         hidden_states(model, input_ids=ids, use_cache=False),
+        model.dtype,
         "The model reads token ids besides their embeddings: soft prompts cannot replace them.",
     )
     _require_equal(
         f"the logits of {name} by OutputHead (first) and by the model",
         OutputHead.from_model(model).logits(hidden),
         model(input_ids=ids, use_cache=False).logits,
+        model.dtype,
         "The model transforms its logits in a way that softprompt_fast.head does not know.",
     )
 
@@ -124,9 +126,12 @@ def _number(config: Any, name: str) -> float:
     return 1.0 if value is None else float(value)
 
 
-def _require_equal(what: str, ours: Tensor, theirs: Tensor, meaning: str) -> None:
-    # A logit is rounded in the model's dtype once for each operation after the product.
-    relative = max(1e-4, 4 * torch.finfo(theirs.dtype).eps)
+def _require_equal(
+    what: str, ours: Tensor, theirs: Tensor, dtype: torch.dtype, meaning: str
+) -> None:
+    # A logit is rounded in the model's dtype once for each operation after the product, whatever
+    # dtype it is returned in.
+    relative = max(1e-4, 4 * torch.finfo(dtype).eps)
     ours, theirs = ours.float(), theirs.float()
     difference = (ours - theirs).abs()
     if difference.max() <= relative * theirs.abs().max().clamp(min=1e-3):

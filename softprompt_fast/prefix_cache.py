@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,9 @@ from .head import decoder
 # Layers that hold nothing but keys and values, and replace them by longer tensors when they grow.
 VIEWABLE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 
+# Their attention counts slots where others count positions: ALiBi in MPT, local layers in GPT Neo.
+SLOT_COUNTING_MODELS = ("mpt", "gpt_neo")
+
 
 @dataclass(kw_only=True, frozen=True, eq=False)
 class Prefix:
@@ -29,6 +33,12 @@ class Prefix:
     """Never written to: ``cache_for`` hands out copies. None where S = 0, and where the model
     keeps more than keys and values (a recurrent state): then each batch reads the prefix anew."""
 
+    bears_padding: bool
+    """Whether masked tokens before a row leave its answer as it is: not in a recurrent state."""
+
+    window: float
+    """The shortest row from which masked tokens in its middle push others out of sight."""
+
     @property
     def length(self) -> int:
         return self.ids.shape[1]
@@ -36,13 +46,20 @@ class Prefix:
     @classmethod
     def read(cls, model: PreTrainedModel, ids: Sequence[int]) -> Prefix:
         tensor = torch.tensor([list(ids)], dtype=torch.long, device=model.device)
-        if not ids:
-            return cls(ids=tensor, cache=None)
-        cache = decoder(model)(input_ids=tensor, use_cache=True).past_key_values
-        is_viewable = type(cache) is DynamicCache and all(
+        # What kind of state the model keeps shows on any token, also where there is none to read.
+        read = tensor if ids else tensor.new_zeros(1, 1)
+        output = decoder(model)(input_ids=read, use_cache=True, return_dict=True)
+        # Mamba and RWKV call their state by other names.
+        cache: Any = getattr(output, "past_key_values", None)
+        only_keys_and_values = type(cache) is DynamicCache and all(
             type(layer) in VIEWABLE_LAYERS for layer in cache.layers
         )
-        return cls(ids=tensor, cache=cache if is_viewable else None)
+        return cls(
+            ids=tensor,
+            cache=cache if ids and only_keys_and_values else None,
+            bears_padding=only_keys_and_values,
+            window=_window(model, cache) if only_keys_and_values else 0,
+        )
 
     def cache_for(self, batch_size: int) -> DynamicCache | None:
         """The cache for a batch, which may grow without changing this one.
@@ -65,15 +82,13 @@ class Prefix:
         """Whether ``num_more`` tokens may follow with masked padding between prefix and query.
 
         Full attention ignores masked slots. A sliding window counts them, unless nothing ever
-        leaves it; a recurrent state is changed by them.
+        leaves it; a recurrent state is changed by them, wherever they are.
         """
-        if self.cache is None:
-            return self.length == 0
-        return all(
-            type(layer) is DynamicLayer
-            or (
-                type(layer) is DynamicSlidingWindowLayer
-                and self.length + num_more < layer.sliding_window
-            )
-            for layer in self.cache.layers
-        )
+        return self.bears_padding and (self.length == 0 or self.length + num_more < self.window)
+
+
+def _window(model: PreTrainedModel, cache: DynamicCache) -> float:
+    if model.config.get_text_config(decoder=True).model_type in SLOT_COUNTING_MODELS:
+        return 0
+    sliding = (layer for layer in cache.layers if isinstance(layer, DynamicSlidingWindowLayer))
+    return min((layer.sliding_window for layer in sliding), default=math.inf)

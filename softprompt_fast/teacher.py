@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -17,13 +16,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from .decoding import end_ids, in_batches, write
 from .head import hidden_states
 from .prefix_cache import Prefix
 from .prompting import Query, teacher_ids
-
-# The model's own generation_config may ask for more than the argmax, or than a plain draw.
-PLAIN_GREEDY = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
-PLAIN_SAMPLING = {**PLAIN_GREEDY, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 
 
 @dataclass(kw_only=True, eq=False)
@@ -50,16 +46,24 @@ class Teacher:
         do_sample: bool = False,
         show_progress: bool = True,
     ) -> None:
-        """do_sample: draw from the model's distribution instead of taking its maximum."""
+        """Puts ``model`` into evaluation mode: with dropout, its answers would be another's.
+
+        do_sample: draw from the model's distribution instead of taking its maximum.
+        """
         for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
             if value < 1:
                 raise ValueError(f"{name} must be >= 1: got {value}.")
-        self.model: Any = model
+        if not model.config.return_dict:
+            raise ValueError(
+                f"{type(model).__name__}: config.return_dict must be True: got False, with which "
+                "transformers cannot generate. Set model.config.return_dict = True."
+            )
+        self.model: Any = model.eval()
         self.max_new_tokens = max_new_tokens
         self.batch_size = batch_size
         self.do_sample = do_sample
         self.show_progress = show_progress
-        self.end_ids = _end_ids(model, tokenizer)
+        self.end_ids = end_ids(model, tokenizer)
 
     @torch.no_grad()
     def answer(
@@ -84,7 +88,7 @@ class Teacher:
         for prefix, batch in self._sharing_a_prefix(queries, unread):
             unanswered = [index for index in batch if index not in ids_of]
             for part in self._with_allowed_padding(prefix, queries, unanswered):
-                ids_of.update(self._generate(prefix, queries, part))
+                ids_of.update(self._write(prefix, queries, part))
             if record_hidden:
                 hidden_of.update(self._record(prefix, queries, batch, ids_of))
         return [Answer(ids=ids_of[i], hidden=hidden_of.get(i)) for i in range(len(queries))]
@@ -100,50 +104,41 @@ class Teacher:
         with tqdm(total=len(indices), desc="teacher", unit="query", disable=hidden) as progress:
             for ids, group in groups.items():
                 prefix = Prefix.read(self.model, ids)
-                # Queries of about the same length share a batch, so that little of it is padding.
-                group.sort(key=lambda index: len(queries[index].after))
-                for start in range(0, len(group), self.batch_size):
-                    batch = group[start : start + self.batch_size]
+                for batch in in_batches(
+                    group, self.batch_size, length=lambda i: len(queries[i].after), may_pad=True
+                ):
                     yield prefix, batch
                     progress.update(len(batch))
 
     def _with_allowed_padding(
         self, prefix: Prefix, queries: Sequence[Query], indices: list[int]
-    ) -> list[list[int]]:
-        """The batch (by length), or its parts of equal length where the model bears no padding."""
+    ) -> Iterator[list[int]]:
+        """The batch, or its parts of equal length where the model bears no padding."""
 
         def length(index: int) -> int:
             return len(queries[index].after)
 
-        parts = [list(part) for _, part in groupby(indices, key=length)]
-        if parts and prefix.allows_gap(length(indices[-1]) + self.max_new_tokens):
-            return [indices]
-        return parts
+        longest = max(map(length, indices), default=0)
+        may_pad = prefix.allows_gap(longest + self.max_new_tokens)
+        return in_batches(indices, self.batch_size, length=length, may_pad=may_pad)
 
-    def _generate(
+    def _write(
         self, prefix: Prefix, queries: Sequence[Query], indices: list[int]
     ) -> dict[int, list[int]]:
         """Answer ids for one batch."""
         ids, mask = _pad([queries[index].after for index in indices], side="left")
         ids = torch.cat([prefix.ids.expand(len(ids), -1), ids.to(prefix.ids.device)], dim=1)
         mask = torch.cat([torch.ones_like(ids[:, : prefix.length]), mask.to(ids)], dim=1)
-        written = self.model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            past_key_values=prefix.cache_for(len(ids)),
+        rows = write(
+            self.model,
+            ids,
+            mask,
             max_new_tokens=self.max_new_tokens,
+            end_ids=self.end_ids,
             do_sample=self.do_sample,
-            eos_token_id=self.end_ids or None,
-            pad_token_id=self.end_ids[0] if self.end_ids else 0,
-            **(PLAIN_SAMPLING if self.do_sample else PLAIN_GREEDY),
+            past_key_values=prefix.cache_for(len(ids)),
         )
-        rows = written[:, ids.shape[1] :].tolist()
-        return {i: self._until_end(row) for i, row in zip(indices, rows, strict=True)}
-
-    def _until_end(self, ids: list[int]) -> list[int]:
-        """Up to and with the first end-of-sequence token; the rest of a row is padding."""
-        ends = [position for position, token in enumerate(ids) if token in self.end_ids]
-        return ids[: ends[0] + 1] if ends else ids
+        return dict(zip(indices, rows, strict=True))
 
     def _record(
         self,
@@ -192,17 +187,6 @@ class Teacher:
                 f"{'up to ' if ids is None else ''}{answer}, but the model has {limit} positions. "
                 "Shorten the context or the answer."
             )
-
-
-def _end_ids(model: PreTrainedModel, tokenizer: Any) -> list[int]:
-    """The token ids at which the model ends its answer."""
-    config = getattr(model, "generation_config", None)
-    ids = config.eos_token_id if config is not None else None
-    if ids is None:
-        ids = tokenizer.eos_token_id
-    if ids is None:
-        return []
-    return list(ids) if isinstance(ids, (list, tuple)) else [ids]
 
 
 def _pad(rows: list[list[int]], *, side: str) -> tuple[Tensor, Tensor]:

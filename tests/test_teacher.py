@@ -6,12 +6,12 @@ import copy
 
 import pytest
 import torch
-from toy import WINDOW, make_model, make_tokenizer
+from toy import PADDING_SENSITIVE, WINDOW, make_model, make_tokenizer
 
 from softprompt_fast.head import OutputHead, hidden_states
 from softprompt_fast.model import Collator, SoftPromptModel, TrainingExample
 from softprompt_fast.prefix_cache import Prefix
-from softprompt_fast.prompting import student_layout, teacher_ids, tokenize_query
+from softprompt_fast.prompting import Query, student_layout, teacher_ids, tokenize_query
 from softprompt_fast.soft_prompt import SoftPrompt, SoftPromptConfig
 from softprompt_fast.teacher import Answer, Teacher
 
@@ -51,23 +51,81 @@ def oracle_answer(model, ids: list[int]) -> list[int]:
     return written
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def without_context(query):
+    return Query(before=[], context=[], after=query.plain, plain=query.plain, source=query.source)
+
+
+def let_some_end_early(model, expected):
+    """Makes a token of the second answer an end: rows are padded until their batch is done."""
+    end = expected[1][3]
+    model.generation_config.eos_token_id = [make_tokenizer().eos_token_id, end]
+    expected = [ids[: ids.index(end) + 1] if end in ids else ids for ids in expected]
+    assert len(set(map(len, expected))) > 1
+    return expected
+
+
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, *PADDING_SENSITIVE])
 @torch.no_grad()
 def test_written_answers_are_those_of_one_query_at_a_time(architecture):
     model = make_model(architecture)
-    # A model's own defaults must not change what its most probable answer is.
-    model.generation_config.repetition_penalty = 3.0
     queries = make_queries() + make_queries(context=OTHER_CONTEXT)
+    queries += [without_context(query) for query in make_queries()]
     expected = [oracle_answer(model, teacher_ids(query)) for query in queries]
-    # Let some answers end early: their rows are padded until the batch is done.
-    ends = expected[1][3]
-    model.generation_config.eos_token_id = [make_tokenizer().eos_token_id, ends]
-    expected = [ids[: ids.index(ends) + 1] if ends in ids else ids for ids in expected]
-    assert len(set(map(len, expected))) > 1
-
+    expected = let_some_end_early(model, expected)
     answers = make_teacher(model).answer(queries, record_hidden=False)
     assert [answer.ids for answer in answers] == expected
     assert all(answer.hidden is None for answer in answers)
+
+
+@pytest.mark.parametrize(
+    "default",
+    [
+        dict(use_cache=False),
+        dict(cache_implementation="static"),
+        dict(repetition_penalty=3.0),
+        dict(min_new_tokens=NEW_TOKENS),
+        dict(suppress_tokens=list(range(100))),
+        dict(bad_words_ids=[[token] for token in range(100)]),
+        dict(guidance_scale=3.0),
+        dict(num_beams=4, num_return_sequences=2),
+        dict(return_dict_in_generate=True),
+        dict(max_time=1e-9),
+        dict(stop_strings=["a"]),
+    ],
+    ids=lambda default: next(iter(default)),
+)
+@torch.no_grad()
+def test_the_checkpoints_own_defaults_change_no_answer(default):
+    model = make_model()
+    queries = make_queries()
+    expected = [oracle_answer(model, teacher_ids(query)) for query in queries]
+    expected = let_some_end_early(model, expected)
+    model.generation_config.update(**default)
+    kept = model.generation_config.to_dict()
+    answers = make_teacher(model).answer(queries, record_hidden=False)
+    assert [answer.ids for answer in answers] == expected
+    assert model.generation_config.to_dict() == kept
+
+
+@torch.no_grad()
+def test_a_sampled_answer_is_a_draw_from_the_models_own_distribution():
+    """So a default that leaves one token to draw from is none of it."""
+    model = make_model()
+    model.generation_config.min_p = 1.0
+    teacher = make_teacher(model, do_sample=True, batch_size=8)
+    torch.manual_seed(0)
+    answers = teacher.answer(make_queries(["When?"] * 8), record_hidden=False)
+    assert len({tuple(answer.ids) for answer in answers}) > 4
+
+
+@torch.no_grad()
+def test_dropout_of_a_model_in_training_mode_changes_nothing():
+    model = make_model("gpt2").train()
+    teacher = make_teacher(model)
+    first, again = (
+        teacher.answer(make_queries(), given_answers(), record_hidden=True) for _ in range(2)
+    )
+    assert all(torch.equal(a.hidden, b.hidden) for a, b in zip(first, again, strict=True))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -168,3 +226,7 @@ def test_a_sequence_longer_than_the_model_is_named():
 def test_a_wrong_option_is_named():
     with pytest.raises(ValueError, match="batch_size must be >= 1: got 0"):
         make_teacher(make_model(), batch_size=0)
+    model = make_model()
+    model.config.return_dict = False
+    with pytest.raises(ValueError, match="LlamaForCausalLM: config.return_dict must be True"):
+        make_teacher(model)

@@ -73,11 +73,39 @@ ARCHITECTURES = {
     "granite": dict(model_type="granite", logits_scaling=3.0),
 }
 
+# Masked tokens in the middle of a row change what these read, in four ways: a state under a name of
+# its own, keys and values beside a state, biases and local windows that count slots.
+PADDING_SENSITIVE = {
+    "mamba": dict(model_type="mamba", state_size=8, tie_word_embeddings=False),
+    "rwkv": dict(model_type="rwkv"),
+    "minimax": dict(
+        model_type="minimax",
+        layer_types=["linear_attention", "full_attention"],
+        num_local_experts=2,
+    ),
+    "mpt": dict(
+        model_type="mpt",
+        d_model=32,
+        n_heads=4,
+        n_layers=2,
+        max_seq_len=512,
+        tie_word_embeddings=False,
+    ),
+    "gpt_neo": dict(
+        model_type="gpt_neo",
+        attention_types=[[["global", "local"], 1]],
+        num_layers=2,
+        num_heads=4,
+        window_size=WINDOW,
+    ),
+}
+
 
 def make_model(architecture: str = "llama", *, dtype: torch.dtype = torch.float32, seed: int = 0):
     """A random model in eval mode; the same one for the same arguments."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(**{**SIZES, **ARCHITECTURES[architecture]})
+    own = (ARCHITECTURES | PADDING_SENSITIVE)[architecture]
+    config = AutoConfig.for_model(**{**SIZES, **own})
     return AutoModelForCausalLM.from_config(config).to(dtype).eval()
 
 

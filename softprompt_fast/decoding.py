@@ -1,0 +1,117 @@
+"""The tokens that a model writes by itself: its most probable ones, or a plain draw."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from .head import input_embedding
+
+# transformers' own default is to draw from the 50 most probable tokens.
+PLAIN_SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+
+
+@torch.no_grad()
+def write(
+    model: Any,
+    ids: Tensor,
+    mask: Tensor,
+    *,
+    max_new_tokens: int,
+    end_ids: Sequence[int],
+    do_sample: bool = False,
+    past_key_values: Any = None,
+    embeds: Tensor | None = None,
+) -> list[list[int]]:
+    """What the model writes after each row, up to and with the first of ``end_ids``.
+
+    ids, mask: [B, L], each row complete at its right end; the first ids are those that
+    ``past_key_values`` holds. embeds: [B, L, D], read in the place of the embeddings of ``ids``.
+    """
+    with _without_own_defaults(model), _read_as(model, embeds):
+        written = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            past_key_values=past_key_values,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=list(end_ids) or None,
+            pad_token_id=end_ids[0] if end_ids else 0,
+            **(PLAIN_SAMPLING if do_sample else {"do_sample": False}),
+        )
+    return [_until_end(row, end_ids) for row in written[:, ids.shape[1] :].tolist()]
+
+
+def end_ids(model: Any, tokenizer: Any) -> list[int]:
+    """The token ids at which the model ends its answer."""
+    config = getattr(model, "generation_config", None)
+    ids = config.eos_token_id if config is not None else None
+    if ids is None:
+        ids = tokenizer.eos_token_id
+    if ids is None:
+        return []
+    return list(ids) if isinstance(ids, (list, tuple)) else [ids]
+
+
+def in_batches(
+    indices: Sequence[int], size: int, *, length: Callable[[int], int], may_pad: bool
+) -> Iterator[list[int]]:
+    """``indices`` in parts of at most ``size``.
+
+    Rows of about the same length share a part, so that little of it is padding; rows of exactly the
+    same length where the model bears no padding.
+    """
+    ordered = sorted(indices, key=length)
+    groups = [ordered] if may_pad else [list(group) for _, group in groupby(ordered, key=length)]
+    for group in groups:
+        for start in range(0, len(group), size):
+            yield group[start : start + size]
+
+
+@contextmanager
+def _without_own_defaults(model: Any) -> Iterator[None]:
+    """``generate`` as if the checkpoint came without a generation_config.
+
+    What is not said in the call is filled in from there: penalties, suppressed tokens, no cache.
+    Passing a generation_config of our own would not help, its empty fields are filled as well.
+    """
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+@contextmanager
+def _read_as(model: Any, embeds: Tensor | None) -> Iterator[None]:
+    """The model's first call reads ``embeds`` instead of its own embeddings of the ids.
+
+    ``generate(inputs_embeds=...)`` is refused by Falcon-H1, Bamba, Zamba 2, CTRL and others.
+    """
+    unread = [] if embeds is None else [embeds]
+
+    def replace(module: Any, args: Any, output: Tensor) -> Tensor:
+        return unread.pop() if unread and unread[0].shape == output.shape else output
+
+    hook = input_embedding(model).register_forward_hook(replace)
+    try:
+        yield
+    finally:
+        hook.remove()
+    if unread:
+        raise ValueError(
+            f"{type(model).__name__} does not read all ids through its input embeddings in one "
+            "call of generate: it cannot answer with a soft prompt."
+        )
+
+
+def _until_end(ids: list[int], end_ids: Sequence[int]) -> list[int]:
+    """Up to and with the first end-of-sequence token; the rest of a row is padding."""
+    ends = [position for position, token in enumerate(ids) if token in end_ids]
+    return ids[: ends[0] + 1] if ends else ids
