@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from .arguments import SoftPromptTrainingArguments
 from .console import progress
 from .data import Record
-from .model import TrainingExample
+from .model import SoftPromptModel, TrainingExample
 from .prompting import Query, tokenize_answer, tokenize_query
 from .teacher import Teacher
 
@@ -20,10 +21,17 @@ def make_examples(
     *,
     record_hidden: bool,
 ) -> list[TrainingExample]:
-    """Tokenised queries with the answers of the data, or else of the teacher."""
+    """Tokenised queries with the answers of the data, or else of the teacher.
+
+    Raises ValueError if a record has no context: neither its own nor ``context``.
+    """
+    check_contexts(records, context)
     queries = tokenize_records(tokenizer, records, context)
     given = [
-        None if r.completion is None else tokenize_answer(tokenizer, r.completion) for r in records
+        None
+        if record.completion is None
+        else tokenize_answer(tokenizer, record.completion, teacher.end_ids)
+        for record in records
     ]
     answers = teacher.answer(queries, given, record_hidden=record_hidden)
     cut = sum(
@@ -45,9 +53,35 @@ def tokenize_records(tokenizer, records: Sequence[Record], context: str | None) 
     ]
 
 
+def check_examples(
+    name: str,
+    dataset: Sequence[TrainingExample],
+    model: SoftPromptModel,
+    args: SoftPromptTrainingArguments,
+) -> None:
+    """Raises TypeError or ValueError, naming ``name`` or the example, if ``dataset`` cannot be
+    learned: it is empty, too long for the model, or lacks what the objective needs."""
+    if not len(dataset):
+        raise ValueError(f"{name} has no examples: give at least one, or leave it out.")
+    for example in dataset:
+        if not isinstance(example, TrainingExample):
+            raise TypeError(
+                f"{name} must hold TrainingExample: got {type(example).__name__}. "
+                "Call softprompt_fast.examples.make_examples."
+            )
+        if args.needs_teacher_states and example.answer.hidden is None:
+            raise ValueError(
+                f"objective={args.objective!r} needs the teacher's hidden states: "
+                f"{example.query.source or 'an example'} has none. "
+                "Call Teacher.answer(..., record_hidden=True)."
+            )
+        model.check_length(example.query, len(example.answer.ids))
+
+
 def check_contexts(records: Sequence[Record], context: str | None) -> None:
     for record in records:
-        if record.context is None and context is None:
+        if not (record.context or context or "").strip():
             raise ValueError(
-                f"{record.source}: no field 'context', and no --context_file for the whole run"
+                f"{record.source}: no field 'context', and no --context_file for the whole run "
+                "(in Python: no argument context)"
             )

@@ -46,8 +46,8 @@ class SoftPromptModel(nn.Module):
         model's logits are not what ``OutputHead`` makes of its hidden states."""
         super().__init__()
         prompt.check_base(base)
-        check_head(base)
         self.base = base.requires_grad_(False).eval()
+        check_head(base)
         self.prompt = prompt.to(input_embedding(base).weight.device)
 
     @property
@@ -61,13 +61,30 @@ class SoftPromptModel(nn.Module):
         self.base.eval()
         return self
 
-    def inputs_embeds(self, input_ids: Tensor, prompt_mask: Tensor) -> Tensor:
+    def check_length(self, query: Query, answer_tokens: int) -> None:
+        """Raises ValueError if prompt, query and answer do not fit into the base's positions."""
+        config = self.base.config.get_text_config(decoder=True)
+        limit = getattr(config, "max_position_embeddings", None)
+        P = self.prompt.config.num_virtual_tokens
+        asked = sum(map(len, student_layout(query, self.prompt.config.placement)))
+        if limit is not None and P + asked + answer_tokens > limit:
+            raise ValueError(
+                f"{query.source or 'a query'}: {P} virtual tokens, the query's {asked} and the "
+                f"answer's {answer_tokens} do not fit into the model's {limit} positions. "
+                "Lower num_virtual_tokens, or shorten the query or the answer."
+            )
+
+    def inputs_embeds(
+        self, input_ids: Tensor, prompt_mask: Tensor, *, gradient_scale: float = 1.0
+    ) -> Tensor:
         """Embeddings [B, L, D] in the base's dtype, with the prompt where ``prompt_mask`` is True.
 
-        prompt_mask: [B, L], P positions in each row.
+        prompt_mask: [B, L], P positions in each row. gradient_scale: of the prompt's gradient.
         """
         embeds = input_embedding(self.base)(input_ids)
-        prompt = self.prompt.embedding.to(embeds.dtype).expand(len(input_ids), -1, -1)
+        prompt = scaled(self.prompt.embedding, value=1.0, gradient=gradient_scale)
+        # Expanded before it is rounded: the rows' gradients are added up in fp32.
+        prompt = prompt.expand(len(input_ids), -1, -1).to(embeds.dtype)
         return embeds.masked_scatter(prompt_mask.unsqueeze(-1), prompt)
 
     def forward(
@@ -77,16 +94,33 @@ class SoftPromptModel(nn.Module):
         attention_mask: Tensor,
         position_ids: Tensor,
         labels: Tensor,
+        gradient_scale: float = 1.0,
     ) -> Tensor:
         """Hidden states [T, D] at the T positions that carry a label, row by row. No logits."""
         hidden = hidden_states(
             self.base,
-            inputs_embeds=self.inputs_embeds(input_ids, prompt_mask),
+            inputs_embeds=self.inputs_embeds(input_ids, prompt_mask, gradient_scale=gradient_scale),
             attention_mask=attention_mask,
             position_ids=position_ids,
             use_cache=False,
         )
         return hidden[labels != IGNORE]
+
+
+def scaled(tensor: Tensor, *, value: float, gradient: float) -> Tensor:
+    """``tensor * value``, through which a gradient passes as ``grad * gradient``."""
+    return _Scaled.apply(tensor, value, gradient)
+
+
+class _Scaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, value: float, gradient: float) -> Tensor:
+        ctx.gradient = gradient
+        return tensor * value
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad * ctx.gradient, None, None
 
 
 @dataclass(kw_only=True, frozen=True)

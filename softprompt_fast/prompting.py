@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any, Literal, get_args
 
 from jinja2.exceptions import TemplateError
@@ -54,28 +55,41 @@ def tokenize_query(
     a chat template gets ``bos + context + "\\n\\n" + prompt + "\\n"``. White space around the
     context is dropped.
 
-    Raises ValueError if the template shows the slot not exactly once, or as its very end.
+    The ids are those of the pieces in the whole text. A tokenizer may mark where a text begins (the
+    "▁" of SentencePiece), and a piece that follows another does not begin one.
+
+    Raises ValueError if there are no messages, or if the template shows the slot not exactly once,
+    or as its very end.
     """
     messages = list(messages)
+    if not messages:
+        raise ValueError(f"{source or 'query'}: no messages. Give at least one of the user's.")
     if getattr(tokenizer, "chat_template", None):
         before, after, plain = _render_chat(tokenizer, messages, source)
     else:
         prompt = "\n".join(message["content"] for message in messages)
         bos = tokenizer.bos_token or ""
         before, after, plain = bos, f"\n\n{prompt}\n", f"{bos}{prompt}\n"
+    up_to_slot = _ids(tokenizer, before + SLOT)
+    # A space at the end of before may be part of the token that comes next: such a space is left to
+    # the context.
+    opening = _common_start(_ids(tokenizer, before), up_to_slot)
     return Query(
-        before=_ids(tokenizer, before),
-        context=_ids(tokenizer, context.strip()),
-        after=_ids(tokenizer, after),
+        before=opening,
+        context=_ids_behind(tokenizer, before, opening, context.strip()),
+        after=_ids_behind(tokenizer, before + SLOT, up_to_slot, after),
         plain=_ids(tokenizer, plain),
         source=source,
     )
 
 
-def tokenize_answer(tokenizer: Any, completion: str) -> list[int]:
-    """Token ids of an answer that the data gives, closed by the end-of-sequence token."""
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return _ids(tokenizer, completion) + end
+def tokenize_answer(tokenizer: Any, completion: str, end_ids: Sequence[int]) -> list[int]:
+    """Token ids of an answer that the data gives, closed as the model closes its own.
+
+    end_ids: the tokens at which the model stops; the tokenizer's end of sequence goes first.
+    """
+    ends = [tokenizer.eos_token_id] if tokenizer.eos_token_id in end_ids else list(end_ids[:1])
+    return _ids(tokenizer, completion) + ends
 
 
 def teacher_ids(query: Query) -> list[int]:
@@ -102,8 +116,8 @@ def _render_chat(
     """The texts before and after the slot, and the text without one."""
     with_slot = _render(tokenizer, _slot_in_system(messages))
     if with_slot is None or SLOT not in with_slot:
-        with_slot = _render(tokenizer, _slot_in_first_user(messages))
         messages = _without_system_role(messages)
+        with_slot = _render(tokenizer, _opening_first_user(messages, SLOT))
     plain = _render(tokenizer, messages)
     if with_slot is None or plain is None or with_slot.count(SLOT) != 1:
         raise ValueError(
@@ -135,17 +149,33 @@ def _slot_in_system(messages: list[dict[str, str]]) -> list[dict[str, str]]:
     return [{"role": "system", "content": SLOT}, *messages]
 
 
-def _slot_in_first_user(messages: list[dict[str, str]]) -> list[dict[str, str]]:
-    first, *rest = _without_system_role(messages)
-    return [{**first, "content": f"{SLOT}\n\n{first['content']}"}, *rest]
-
-
 def _without_system_role(messages: list[dict[str, str]]) -> list[dict[str, str]]:
     """For a template with no system role: the first user message opens with the system message."""
     if messages[0]["role"] != "system" or len(messages) == 1:
         return messages
-    system, user, *rest = messages
-    return [{**user, "content": f"{system['content']}\n\n{user['content']}"}, *rest]
+    return _opening_first_user(messages[1:], messages[0]["content"])
+
+
+def _opening_first_user(messages: list[dict[str, str]], text: str) -> list[dict[str, str]]:
+    """The messages with ``text`` at the start of the first one that is the user's."""
+    for index, message in enumerate(messages):
+        if message["role"] == "user":
+            opened = {**message, "content": f"{text}\n\n{message['content']}"}
+            return [*messages[:index], opened, *messages[index + 1 :]]
+    return messages
+
+
+def _common_start(one: list[int], other: list[int]) -> list[int]:
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
+    return [token for token, _ in same]
+
+
+def _ids_behind(tokenizer: Any, lead: str, lead_ids: list[int], text: str) -> list[int]:
+    """The ids of ``text`` where it follows ``lead``, whose own ids are cut off."""
+    ids = _ids(tokenizer, lead + text)
+    if ids[: len(lead_ids)] == lead_ids:
+        return ids[len(lead_ids) :]
+    return _ids(tokenizer, text)  # the end of lead and the start of text have become one token
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:

@@ -29,6 +29,8 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 PEFT_FILE = "adapter_config.json"
 FACTS_FILE = "soft_prompt.json"
 FORMAT_VERSION = 1
+# What is read from ``base`` without a model at hand; ``check_base`` compares the rest.
+PEFT_FACTS = {"name_or_path", "hidden_size", "num_hidden_layers", "num_attention_heads"}
 
 
 @dataclass(kw_only=True)
@@ -58,8 +60,11 @@ class SoftPromptConfig:
     )
 
     def __post_init__(self) -> None:
-        if self.num_virtual_tokens < 1:
-            raise ValueError(f"num_virtual_tokens must be >= 1: got {self.num_virtual_tokens}.")
+        P = self.num_virtual_tokens
+        if not isinstance(P, int) or isinstance(P, bool):
+            raise TypeError(f"num_virtual_tokens must be an int: got {P!r}.")
+        if P < 1:
+            raise ValueError(f"num_virtual_tokens must be >= 1: got {P}.")
         for name, allowed in (
             ("prompt_tuning_init", get_args(PromptInit)),
             ("placement", PLACEMENTS),
@@ -127,15 +132,9 @@ class SoftPrompt(nn.Module):
         for name in (WEIGHTS_FILE, FACTS_FILE):
             if not (directory / name).is_file():
                 raise FileNotFoundError(f"{directory} holds no saved soft prompt: no {name}.")
-        facts = read_json(directory / FACTS_FILE)
-        if facts.get("format_version") != FORMAT_VERSION or not {"config", "base"} <= facts.keys():
-            raise ValueError(
-                f"{directory / FACTS_FILE} must hold format_version {FORMAT_VERSION}, config and "
-                f"base: got version {facts.get('format_version')!r}, {', '.join(sorted(facts))}."
-            )
-        config = SoftPromptConfig(**facts["config"])
-        shape = (config.num_virtual_tokens, facts["base"]["hidden_size"])
-        prompt = cls(_read_embedding(directory / WEIGHTS_FILE, shape), config, facts["base"])
+        config, base = _read_facts(directory / FACTS_FILE)
+        shape = (config.num_virtual_tokens, base["hidden_size"])
+        prompt = cls(_read_embedding(directory / WEIGHTS_FILE, shape), config, base)
         if model is not None:
             prompt.check_base(model)
         return prompt
@@ -210,6 +209,22 @@ def _initial(
         )
     repeated = (ids * (P // len(ids) + 1))[:P]
     return embed(torch.tensor(repeated, device=embed.weight.device))
+
+
+def _read_facts(path: Path) -> tuple[SoftPromptConfig, dict[str, Any]]:
+    facts = read_json(path)
+    if facts.get("format_version") != FORMAT_VERSION or not {"config", "base"} <= facts.keys():
+        raise ValueError(
+            f"{path} must hold format_version {FORMAT_VERSION}, config and base: "
+            f"got version {facts.get('format_version')!r}, {', '.join(sorted(facts))}."
+        )
+    base = facts["base"]
+    if not isinstance(base, dict) or not base.keys() >= PEFT_FACTS:
+        raise ValueError(f"{path}: base must hold {', '.join(sorted(PEFT_FACTS))}: got {base!r}.")
+    try:
+        return SoftPromptConfig(**facts["config"]), base
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: config: {error}") from error
 
 
 def _read_embedding(path: Path, shape: tuple[int, int]) -> Tensor:

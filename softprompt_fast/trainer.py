@@ -26,7 +26,8 @@ from .checkpoints import (
     verify_checkpoint,
     write_manifest,
 )
-from .model import IGNORE, Collator, SoftPromptModel, TrainingExample
+from .examples import check_examples
+from .model import IGNORE, Collator, SoftPromptModel, TrainingExample, scaled
 from .soft_prompt import SoftPrompt
 
 __all__ = [
@@ -35,6 +36,8 @@ __all__ = [
     "TrainingExample",
     "last_good_checkpoint",
 ]
+
+Datasets = Sequence[TrainingExample] | dict[str, Sequence[TrainingExample]]
 
 
 class SoftPromptTrainer(Trainer):
@@ -48,20 +51,25 @@ class SoftPromptTrainer(Trainer):
         model: SoftPromptModel,
         args: SoftPromptTrainingArguments,
         train_dataset: Sequence[TrainingExample] | None = None,
-        eval_dataset: Sequence[TrainingExample] | None = None,
+        eval_dataset: Datasets | None = None,
         **options: Any,
     ) -> None:
-        """options: the other arguments of ``transformers.Trainer``.
+        """eval_dataset: several are given by their names. options: the other arguments of
+        ``transformers.Trainer``.
 
-        Raises ValueError if the objective needs teacher states that an example lacks.
+        Raises TypeError if an argument is of another kind, and ValueError if a dataset is empty, an
+        example does not fit into the model, or lacks the teacher states that the objective needs.
         """
-        for example in [*(train_dataset or ()), *(eval_dataset or ())]:
-            if args.needs_teacher_states and example.answer.hidden is None:
-                raise ValueError(
-                    f"objective={args.objective!r} needs the teacher's hidden states: "
-                    f"{example.query.source or 'an example'} has none. "
-                    "Call Teacher.answer(..., record_hidden=True)."
-                )
+        for name, value, kind in (
+            ("model", model, SoftPromptModel),
+            ("args", args, SoftPromptTrainingArguments),
+        ):
+            if not isinstance(value, kind):
+                raise TypeError(f"{name} must be {kind.__name__}: got {type(value).__name__}.")
+        several = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
+        for name, dataset in {"train_dataset": train_dataset, **several}.items():
+            if dataset is not None:
+                check_examples(name, dataset, model, args)
         prompt = model.prompt.config
         options.setdefault(
             "data_collator",
@@ -97,15 +105,21 @@ class SoftPromptTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The sum over this batch's answer tokens / the answer tokens of the whole step."""
-        total = self._summed_loss(model, inputs)
+        """The sum over this batch's answer tokens / the answer tokens of the whole step.
+
+        Its gradient in the base is that of the sum, which fp16 can hold however many tokens the
+        step has; the division meets it at the prompt, which is fp32.
+        """
         if num_items_in_batch is None:
-            loss = total / (inputs["labels"] != IGNORE).sum()
+            scale = 1.0 / int((inputs["labels"] != IGNORE).sum())
         else:
-            loss = total / num_items_in_batch
+            # nn.DataParallel has the number repeated, once for each device.
+            scale = 1.0 / float(torch.as_tensor(num_items_in_batch).max())
             if self.args.average_tokens_across_devices:
                 # Gradients are averaged over the processes; the tokens were counted over all.
-                loss = loss * self.accelerator.num_processes
+                scale *= self.accelerator.num_processes
+        total = self._summed_loss(model, inputs, gradient_scale=scale)
+        loss = scaled(total, value=scale, gradient=1.0)
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def prediction_step(
@@ -123,17 +137,23 @@ class SoftPromptTrainer(Trainer):
 
     def evaluation_loop(self, dataloader: DataLoader[Any], *args: Any, **options: Any) -> Any:
         dataset = cast(Sequence[TrainingExample], dataloader.dataset)
+        check_examples("eval_dataset", dataset, self.model, self.args)
         tokens = [len(example.answer.ids) for example in dataset]
         self._tokens_per_example = sum(tokens) / len(tokens)
         return super().evaluation_loop(dataloader, *args, **options)
 
-    def _summed_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Tensor:
-        """The objective, summed over the answer tokens of one batch."""
+    def _summed_loss(
+        self, model: torch.nn.Module, inputs: dict[str, Any], gradient_scale: float = 1.0
+    ) -> Tensor:
+        """The objective, summed over the answer tokens of one batch.
+
+        gradient_scale: of the prompt's gradient, and of no other.
+        """
         inputs = dict(inputs)
         sources = inputs.pop("sources")
         teacher = inputs.pop("teacher_hidden", None)
         labels = inputs["labels"]
-        hidden = model(**inputs)
+        hidden = model(**inputs, gradient_scale=gradient_scale)
         total = self._objective(hidden, labels[labels != IGNORE], teacher)
         if not torch.isfinite(total):
             raise FloatingPointError(

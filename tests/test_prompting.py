@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-import pytest
-from toy import make_tokenizer
+import dataclasses
 
+import pytest
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from toy import CHAT_TEMPLATE, SPECIAL_TOKENS, make_model, make_tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from softprompt_fast.data import Record
+from softprompt_fast.examples import make_examples
 from softprompt_fast.prompting import (
     cut_ids,
     student_layout,
@@ -12,6 +18,7 @@ from softprompt_fast.prompting import (
     tokenize_answer,
     tokenize_query,
 )
+from softprompt_fast.teacher import Teacher
 
 USER = {"role": "user", "content": "When do you open?"}
 OWN_SYSTEM = {"role": "system", "content": "Be brief."}
@@ -61,12 +68,86 @@ def test_without_a_system_role_the_context_opens_the_first_user_message(template
     )
 
 
+@pytest.mark.parametrize("template", [NO_SYSTEM_ROLE, SILENT_ABOUT_SYSTEM], ids=["raise", "drop"])
+@pytest.mark.parametrize("role", ["assistant", "developer"])
+def test_the_first_user_message_need_not_be_the_first(template, role):
+    tokenizer = with_template(template)
+    first = {"role": role, "content": "Hello."}
+    query = tokenize_query(tokenizer, [OWN_SYSTEM, first, USER], "Open at 10.")
+    assert tokenizer.decode(teacher_ids(query)) == (
+        f"<|start|>{role}\nHello.<|end|>\n"
+        f"<|start|>user\nOpen at 10.\n\nBe brief.\n\nWhen do you open?<|end|>\n{ASSISTANT}"
+    )
+    assert tokenizer.decode(query.plain) == (
+        f"<|start|>{role}\nHello.<|end|>\n"
+        f"<|start|>user\nBe brief.\n\nWhen do you open?<|end|>\n{ASSISTANT}"
+    )
+    for nobody in ([first], [OWN_SYSTEM]):
+        with pytest.raises(ValueError, match=rf"cannot place .*roles: {nobody[0]['role']}\)"):
+            tokenize_query(tokenizer, nobody, "Open at 10.")
+    with pytest.raises(ValueError, match="a:1: no messages"):
+        tokenize_query(tokenizer, [], "Open at 10.", source="a:1")
+
+
 def test_without_a_chat_template():
     tokenizer = make_tokenizer(chat=False)
     query = tokenize_query(tokenizer, [USER], "Open at 10.")
     assert tokenizer.decode(teacher_ids(query)) == "<|bos|>Open at 10.\n\nWhen do you open?\n"
     assert query.before == [tokenizer.bos_token_id]
     assert tokenizer.decode(query.plain) == "<|bos|>When do you open?\n"
+
+
+def make_sentencepiece_tokenizer(style: str):
+    """Letters, some of them with a space before; texts begin with "▁" as ``style`` says."""
+    letters = [chr(code) for code in range(33, 127)]
+    tokens = ["▁", "\n", *letters, *(f"▁{letter}" for letter in "OWSw")]
+    merges = [("▁", letter) for letter in "OWSw"]
+    core = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
+    if style == "prepend":
+        core.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
+    else:
+        core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=style, split=False)
+    bos, start, end = SPECIAL_TOKENS
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token=bos, eos_token=end, extra_special_tokens=[start]
+    )
+
+
+LLAMA_2 = (
+    "{{ bos_token }}[INST] {% for message in messages %}"
+    "{% if message['role'] == 'system' %}<<SYS>>\n{{ message['content'] }}\n<</SYS>>\n\n"
+    "{% else %}{{ message['content'] }} [/INST]{% endif %}{% endfor %}"
+)
+MISTRAL = NO_SYSTEM_ROLE + "{{ bos_token }}[INST] {{ messages[0]['content'] }} [/INST]"
+SPECIAL_AT_THE_SLOT = (
+    "{% for message in messages %}<|start|>{{ message['content'] }}<|end|>{% endfor %}\n"
+)
+
+
+@pytest.mark.parametrize("style", ["prepend", "first", "always", "never"])
+@pytest.mark.parametrize("context", ["Open at 10", "10 is when we open", "we do"])
+@pytest.mark.parametrize(
+    "template",
+    [CHAT_TEMPLATE, LLAMA_2, MISTRAL, SPECIAL_AT_THE_SLOT, None],
+    ids=["chatml", "llama2", "mistral", "special", "none"],
+)
+def test_the_pieces_are_those_of_the_whole_text(template, context, style):
+    tokenizer = make_sentencepiece_tokenizer(style)
+    tokenizer.chat_template = template
+    query = tokenize_query(tokenizer, [USER], context)
+    if template is None:
+        whole = f"<|bos|>{context}\n\n{USER['content']}\n"
+    elif template is MISTRAL:
+        whole = f"<|bos|>[INST] {context}\n\n{USER['content']} [/INST]"
+    else:
+        messages = [{"role": "system", "content": context}, USER]
+        whole = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert teacher_ids(query) == tokenizer(whole, add_special_tokens=False)["input_ids"]
+    # The student's tokens do not depend on the context that they do without.
+    other = tokenize_query(tokenizer, [USER], "x")
+    assert (query.before, query.after) == (other.before, other.after)
 
 
 def test_layouts():
@@ -80,8 +161,22 @@ def test_layouts():
 
 def test_an_answer_of_the_data_ends_with_the_end_token():
     tokenizer = make_tokenizer()
-    ids = tokenize_answer(tokenizer, "At 10.")
-    assert tokenizer.decode(ids) == "At 10.<|end|>"
+    bos, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    assert tokenizer.decode(tokenize_answer(tokenizer, "At 10.", [bos, end])) == "At 10.<|end|>"
+    # The model may end its answers otherwise than its tokenizer says.
+    assert tokenizer.decode(tokenize_answer(tokenizer, "At 10.", [bos])) == "At 10.<|bos|>"
+    assert tokenizer.decode(tokenize_answer(tokenizer, "At 10.", [])) == "At 10."
+
+
+@pytest.mark.parametrize("context", [None, "", " \n"], ids=["none", "empty", "blank"])
+def test_a_forgotten_context_is_refused(context):
+    teacher = Teacher(make_model(), make_tokenizer(), show_progress=False)
+    record = Record(messages=[USER], completion="At 10.", context=None, source="data.jsonl:3")
+    with pytest.raises(ValueError, match=r"data\.jsonl:3: no field 'context', and no "):
+        make_examples(teacher, make_tokenizer(), [record], context, record_hidden=False)
+    own = dataclasses.replace(record, context="Open at 10.")
+    (example,) = make_examples(teacher, make_tokenizer(), [own], context, record_hidden=False)
+    assert make_tokenizer().decode(example.query.context) == "Open at 10."
 
 
 @pytest.mark.parametrize(

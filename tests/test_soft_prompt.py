@@ -64,6 +64,12 @@ def test_peft_gives_the_same_logits_for_a_prefix_prompt(tmp_path, architecture):
     torch.testing.assert_close(theirs, expected)
 
 
+def test_a_model_left_in_training_mode_is_taken_without_its_dropout():
+    model = make_model("gpt2").train()  # its configuration has dropout
+    SoftPromptModel(model, make_prompt(model))
+    assert not any(module.training for module in model.modules())
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_saves_and_loads_exactly(tmp_path, architecture):
     model = make_model(architecture)
@@ -134,6 +140,34 @@ def test_damaged_files_are_named(tmp_path):
     facts.write_text("{")
     with pytest.raises(ValueError, match="soft_prompt.json is not JSON"):
         SoftPrompt.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda facts: facts["config"].update(virtual=1), "config: .*argument 'virtual'"),
+        (lambda facts: facts["config"].update(num_virtual_tokens="5"), "config: num_.* got '5'"),
+        (lambda facts: facts["config"].update(placement="middle"), "config: placement must be"),
+        (lambda facts: facts.update(config=None), "config: .* must be a mapping"),
+        (lambda facts: facts.update(base=None), "base must hold hidden_size, .*: got None"),
+        (lambda facts: facts["base"].pop("hidden_size"), "base must hold hidden_size, "),
+    ],
+    ids=["unknown", "type", "value", "no-config", "no-base", "no-width"],
+)
+def test_facts_that_cannot_be_used_are_named(tmp_path, change, message):
+    make_prompt(make_model()).save_pretrained(tmp_path)
+    file = tmp_path / "soft_prompt.json"
+    facts = json.loads(file.read_text())
+    change(facts)
+    file.write_text(json.dumps(facts))
+    with pytest.raises(ValueError, match=f"soft_prompt.json: {message}"):
+        SoftPrompt.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("value", ["16", 4.5, True], ids=repr)
+def test_the_number_of_virtual_tokens_is_a_whole_number(value):
+    with pytest.raises(TypeError, match=f"num_virtual_tokens must be an int: got {value!r}"):
+        SoftPromptConfig(num_virtual_tokens=value)
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 
 import pytest
 import torch
 from toy import make_model, make_tokenizer
+from transformers import TrainingArguments
 
 import softprompt_fast as spf
 from softprompt_fast.checkpoints import last_good_checkpoint
@@ -38,10 +40,17 @@ def make_examples(model, *, record_hidden=True) -> list[TrainingExample]:
 
 
 def make_trainer(
-    output_dir, *, model=None, examples=None, placement="system", callbacks=None, **options
+    output_dir,
+    *,
+    model=None,
+    examples=None,
+    num_virtual_tokens=4,
+    placement="system",
+    callbacks=None,
+    **options,
 ):
     model = make_model() if model is None else model
-    config = SoftPromptConfig(num_virtual_tokens=4, placement=placement)
+    config = SoftPromptConfig(num_virtual_tokens=num_virtual_tokens, placement=placement)
     student = SoftPromptModel(
         model, SoftPrompt.from_model(model, make_tokenizer(), config, CONTEXT)
     )
@@ -101,6 +110,23 @@ def test_gradient_accumulation_divides_by_all_answer_tokens(tmp_path):
         tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4, **options
     )
     torch.testing.assert_close(trained(whole), trained(parts), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", ["fused", "reference"])
+def test_fp16_gradients_do_not_underflow_in_a_step_of_many_tokens(tmp_path, impl):
+    trainer = make_trainer(tmp_path, model=make_model(dtype=torch.float16), loss_impl=impl)
+    batch = trainer.data_collator(trainer.train_dataset[:4])
+    prompt, tokens = trainer.model.prompt.embedding, 2**20
+    values, gradients = [], []
+    for count in (1, tokens):
+        prompt.grad = None
+        loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(count))
+        loss.backward()
+        values.append(loss * count)
+        gradients.append(prompt.grad * count)
+    # Dividing by a power of two is exact: any difference is a gradient that fp16 could not hold.
+    assert torch.equal(*values)
+    assert torch.equal(*gradients)
 
 
 def test_evaluation_is_the_mean_over_answer_tokens(tmp_path):
@@ -306,6 +332,51 @@ def test_missing_teacher_states_are_named(tmp_path):
         make_trainer(tmp_path, model=model, examples=examples, objective="mix")
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_a_prompt_too_long_for_the_model_is_refused_before_training(tmp_path, architecture):
+    model = make_model(architecture)
+    examples = make_examples(model)
+    object.__setattr__(examples[5].query, "source", "train.jsonl:6")
+    make_trainer(tmp_path, model=model, examples=examples, num_virtual_tokens=400)
+    message = (
+        r"train\.jsonl:6: 500 virtual tokens, the query's \d+ and the answer's 1 do not fit into "
+        "the model's 512 positions. Lower num_virtual_tokens"
+    )
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, model=model, examples=examples[5:], num_virtual_tokens=500)
+
+
+def test_wrong_kinds_of_arguments_are_named(tmp_path):
+    plain = TrainingArguments(output_dir=str(tmp_path))
+    trainer = make_trainer(tmp_path)
+    right = dict(model=trainer.model, args=trainer.args, train_dataset=trainer.train_dataset)
+    for wrong, error, message in (
+        (dict(model=trainer.model.base), TypeError, "model must be SoftPromptModel: got Llama"),
+        (dict(args=plain), TypeError, "args must be SoftPromptTrainingArguments: got TrainingArg"),
+        (
+            dict(train_dataset=["record"]),
+            TypeError,
+            "train_dataset must .* got str. Call .*make_ex",
+        ),
+        (dict(train_dataset=[]), ValueError, "train_dataset has no examples"),
+        (dict(eval_dataset=[]), ValueError, "eval_dataset has no examples"),
+        (dict(eval_dataset={"mine": []}), ValueError, "mine has no examples"),
+    ):
+        with pytest.raises(error, match=message):
+            SoftPromptTrainer(**right | wrong)
+    with pytest.raises(ValueError, match="eval_dataset has no examples"):
+        trainer.evaluate(eval_dataset=[])
+
+
+def test_several_evaluation_sets_are_told_apart_by_their_names(tmp_path):
+    trainer = make_trainer(tmp_path)
+    sets = {"first": trainer.train_dataset[:5], "rest": trainer.train_dataset[5:]}
+    several = SoftPromptTrainer(trainer.model, trainer.args, eval_dataset=sets)
+    metrics = several.evaluate()
+    assert metrics["eval_first_loss"] == trainer.evaluate()["eval_loss"]
+    assert metrics["eval_rest_loss"] != metrics["eval_first_loss"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -313,9 +384,17 @@ def test_missing_teacher_states_are_named(tmp_path):
         (dict(loss_impl="magic"), "loss_impl must be one of fused, reference: got 'magic'"),
         (dict(alpha=1.5), r"alpha must be in \[0, 1\]: got 1.5"),
         (dict(beta=-0.1), r"beta must be in \[0, 1\]: got -0.1"),
-        (dict(temperature=0.0), "temperature must be > 0: got 0.0"),
+        (dict(temperature=0.0), "temperature must be a finite number above 0: got 0.0"),
+        (dict(temperature=math.inf), "temperature must be a finite number above 0: got inf"),
         (dict(gradient_checkpointing=True), "gradient_checkpointing is not supported: got True"),
         (dict(label_smoothing_factor=0.1), "label_smoothing_factor is not supported: got 0.1"),
+        (dict(neftune_noise_alpha=5.0), "neftune_noise_alpha is not supported: got 5.0"),
+        (dict(bf16_full_eval=True), "bf16_full_eval is not supported: got True"),
+        (dict(fp16_full_eval=True), "fp16_full_eval is not supported: got True"),
+        (
+            dict(train_sampling_strategy="group_by_length"),
+            "train_sampling_strategy must be one of random, sequential: got 'group_by_length'",
+        ),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
