@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from transformers import TrainingArguments
 
+from . import backends
+from .bounds import check_at_least
+
 Objective = Literal["nll", "kl", "mix"]
 LossImpl = Literal["fused", "reference"]
 
 
-# The base stays in evaluation mode, where transformers does not checkpoint activations; the losses
-# are this package's own. (The first two are one option, before and after transformers renamed it.)
-NOT_SUPPORTED = ("gradient_checkpointing", "activation_checkpointing", "label_smoothing_factor")
+NOT_SUPPORTED = (
+    # The base stays in evaluation mode, where transformers does not checkpoint activations. (One
+    # option, before and after transformers renamed it.)
+    *("gradient_checkpointing", "activation_checkpointing"),
+    # The losses are this package's own.
+    "label_smoothing_factor",
+    # They round the fp32 prompt, and it stays rounded when training goes on.
+    *("bf16_full_eval", "fp16_full_eval"),
+    # Noise on the embeddings of the queries makes the student another model than the teacher.
+    "neftune_noise_alpha",
+    # Training could not go on from what it leaves.
+    "save_only_model",
+    # They take the student for a model with a head of its own, or send it elsewhere.
+    *("use_liger_kernel", "deepspeed", "push_to_hub"),
+)
+COUNTS = (
+    *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+    "workspace_mib",
+)
+AMOUNTS = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "save_steps")
 
 
 @dataclass
@@ -58,6 +79,8 @@ class SoftPromptTrainingArguments(TrainingArguments):
         for name, allowed in (
             ("objective", get_args(Objective)),
             ("loss_impl", get_args(LossImpl)),
+            # The other strategies read an example's length from a column "input_ids".
+            ("train_sampling_strategy", ("random", "sequential")),
         ):
             value = getattr(self, name)
             if value not in allowed:
@@ -65,14 +88,24 @@ class SoftPromptTrainingArguments(TrainingArguments):
         for name in ("alpha", "beta"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} must be in [0, 1]: got {getattr(self, name)}.")
-        if not self.temperature > 0.0:
-            raise ValueError(f"temperature must be > 0: got {self.temperature}.")
+        if not 0.0 < self.temperature < math.inf:
+            raise ValueError(
+                f"temperature must be a finite number above 0: got {self.temperature}."
+            )
         for name in NOT_SUPPORTED:
             if getattr(self, name, False):
                 raise ValueError(
                     f"{name} is not supported: got {getattr(self, name)}. Leave it out."
                 )
+        check_at_least(self, 1, *COUNTS)
+        check_at_least(self, 0, *AMOUNTS)
+        if self.max_steps < 1 and not 0.0 < self.num_train_epochs < math.inf:
+            raise ValueError(
+                f"num_train_epochs must be a finite number above 0: got {self.num_train_epochs} "
+                f"(and max_steps={self.max_steps}, which would go first)."
+            )
         super().__post_init__()
+        backends.resolve(self.backend, self.device)
 
     @property
     def needs_teacher_states(self) -> bool:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import pickle
 import re
 import shutil
 import warnings
 from pathlib import Path
+
+import torch
+from transformers.trainer import safe_globals
 
 from .files import read_json, sha256, sync_directory, sync_file, write_json
 
@@ -33,8 +37,10 @@ def write_manifest(checkpoint: Path) -> None:
 
 
 def verify_checkpoint(checkpoint: str | os.PathLike[str]) -> None:
-    """Raises ValueError naming what is missing or damaged in a checkpoint."""
+    """Raises ValueError naming what is missing, damaged or not to be trusted in a checkpoint."""
     checkpoint = Path(checkpoint)
+    if not checkpoint.is_dir():
+        raise ValueError(f"checkpoint {checkpoint} does not exist, or is no directory.")
     if not (checkpoint / MANIFEST_FILE).is_file():
         raise ValueError(f"{checkpoint} is incomplete: it has no {MANIFEST_FILE}.")
     manifest = read_json(checkpoint / MANIFEST_FILE)
@@ -53,6 +59,8 @@ def verify_checkpoint(checkpoint: str | os.PathLike[str]) -> None:
             raise ValueError(f"{checkpoint} is damaged: {name} is missing.")
         if sha256(path) != digest:
             raise ValueError(f"{checkpoint} is damaged: {name} is not the file that was saved.")
+        if path.suffix in (".pt", ".pth"):
+            _check_is_plain_data(path)
 
 
 def last_good_checkpoint(output_dir: str | os.PathLike[str]) -> Path | None:
@@ -68,16 +76,44 @@ def last_good_checkpoint(output_dir: str | os.PathLike[str]) -> Path | None:
 
 
 def rotate_checkpoints(output_dir: Path, limit: int | None, best: str | None) -> None:
-    """Delete the oldest checkpoints beyond ``limit``, never the newest nor ``best``."""
+    """Delete what cannot be resumed, then the whole checkpoints that were written first.
+
+    ``limit`` whole ones stay, among them the one written last; ``best`` is never deleted. By time
+    and not by step: a run that went back to an earlier checkpoint writes lower steps than it finds.
+    """
     if limit is None or limit < 1:
         return
-    kept_anyway = None if best is None else Path(best).resolve()
     checkpoints = _checkpoints(output_dir)
-    surplus = len(checkpoints) - limit
-    for checkpoint in checkpoints[:-1]:
-        if surplus > 0 and checkpoint.resolve() != kept_anyway:
-            shutil.rmtree(checkpoint)
-            surplus -= 1
+    whole = [checkpoint for checkpoint in checkpoints if _is_whole(checkpoint)]
+    if not whole:
+        return
+    whole.sort(key=lambda checkpoint: (checkpoint / MANIFEST_FILE).stat().st_mtime_ns)
+    kept_anyway = None if best is None else Path(best).resolve()
+    deletable = [path for path in checkpoints if path.resolve() != kept_anyway]
+    broken = [path for path in deletable if path not in whole]
+    oldest = [path for path in whole[:-1] if path in deletable]
+    for checkpoint in [*broken, *oldest[: max(0, len(whole) - limit)]]:
+        shutil.rmtree(checkpoint)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        verify_checkpoint(checkpoint)
+    except ValueError:
+        return False
+    return True
+
+
+def _check_is_plain_data(path: Path) -> None:
+    """Raises ValueError naming a file that holds code or nonsense; nothing in it is run."""
+    try:
+        with safe_globals():  # the types that the Trainer itself allows
+            torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"{path} is refused: it is not the plain data of a checkpoint, and a pickle of "
+            "anything else is never opened here."
+        ) from error
 
 
 def _checkpoints(output_dir: Path) -> list[Path]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 from collections.abc import Sequence
@@ -11,51 +10,84 @@ from typing import Any
 
 import yaml
 
+from .console import closest
 from .data import read_utf8
+from .errors import UsageError
 
-PATH_OPTIONS = ("context_file", "train_file", "eval_file", "output_dir", "prompt_dir")
-
-
-class UsageError(ValueError):
-    """The command line or its config file is wrong; exit code 2."""
+PATH_OPTIONS = (
+    *("context_file", "train_file", "eval_file", "output_dir", "prompt_dir"),
+    "resume_from_checkpoint",
+)
+YAML = "tag:yaml.org,2002:"
+KINDS = ("str", "int", "float", "bool", "null", "timestamp", "seq", "map")
 
 
 def config_arguments(path: str, names: Sequence[str]) -> list[str]:
     """``["--name=value", ...]`` from a YAML mapping of option names to values.
 
-    Relative paths start at the file's own directory; ``model`` does too if it begins with a dot or
-    a directory is found there, and is a Hub id otherwise. A null leaves the default.
+    A value stays the text that was written: ``no`` is a save_strategy, and not False. Relative
+    paths start at the file's own directory; ``model`` does too if it begins with a dot or a
+    directory is found there, and is a Hub id otherwise. A null leaves the default.
 
-    Raises UsageError naming ``file:line:column`` or the key; OSError if the file cannot be read.
+    Raises UsageError naming ``file:line:column`` and the key; OSError if the file cannot be read.
     """
-    arguments = []
-    for key, value in _mapping(path).items():
+    arguments: list[str] = []
+    seen = set()
+    for node, value_node in _mapping(path).value:
+        key = _key(path, node)
         if key not in names:
-            close = difflib.get_close_matches(str(key), names, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise UsageError(f"{path}: unknown key {key!r}{hint}")
-        if value is None:
-            continue
-        if isinstance(value, list):
-            arguments += [f"--{key}", *map(str, value)]
-        else:
-            arguments.append(f"--{key}={_text(key, value, Path(path).parent)}")
+            raise UsageError(f"{path}: unknown key {key!r}{closest(key, names)}")
+        if key in seen:
+            raise _bad(path, node, f"key {key!r} twice")
+        seen.add(key)
+        try:
+            arguments += _flag(path, key, value_node)
+        except RecursionError as error:
+            raise _bad(path, node, f"{key!r} is nested too deeply") from error
     return arguments
 
 
-def _text(key: str, value: Any, base: Path) -> str:
-    if isinstance(value, dict):
-        return json.dumps(value)
-    text = str(value)
+def _flag(path: str, key: str, node: yaml.Node) -> list[str]:
+    """The arguments for one option; a mapping becomes the JSON that its flag takes."""
+    value = _value(path, node)
+    if value is None:
+        return []
+    if isinstance(node, yaml.SequenceNode):
+        return [f"--{key}", *(str(item.value) for item in node.value)]
+    text = node.value if isinstance(node, yaml.ScalarNode) else json.dumps(value)
+    base = Path(path).parent
     names_directory = key == "model" and (text.startswith(".") or (base / text).is_dir())
     if key in PATH_OPTIONS or names_directory:
-        return os.path.normpath(base / Path(text).expanduser())
-    return text
+        text = os.path.normpath(base / os.path.expanduser(text))
+    return [f"--{key}={text}"]
 
 
-def _mapping(path: str) -> dict[Any, Any]:
+def _value(path: str, node: yaml.Node) -> Any:
+    """A node as JSON: what is written without quotes is a number or a boolean if JSON has it so."""
+    if node.tag not in [YAML + kind for kind in KINDS]:
+        raise _bad(path, node, f"no tag is allowed here: got {node.tag!r}")
+    if isinstance(node, yaml.MappingNode):
+        return {_key(path, key): _value(path, value) for key, value in node.value}
+    if isinstance(node, yaml.SequenceNode):
+        return [_value(path, item) for item in node.value]
+    if node.tag == YAML + "null":
+        return None
     try:
-        value = yaml.load(read_utf8(path), Loader=_UniqueKeys)
+        return node.value if node.style else json.loads(node.value)
+    except ValueError:
+        return node.value
+
+
+def _key(path: str, node: yaml.Node) -> str:
+    if not isinstance(node, yaml.ScalarNode):
+        raise _bad(path, node, "a key must be a name")
+    return node.value
+
+
+def _mapping(path: str) -> yaml.MappingNode:
+    """The file's nodes. They are never made into objects, of whatever class a tag may name."""
+    try:
+        node = yaml.compose(read_utf8(path), Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
@@ -64,18 +96,11 @@ def _mapping(path: str) -> dict[Any, Any]:
         raise UsageError(f"{path}: bad YAML: {error}") from error
     except ValueError as error:
         raise UsageError(str(error)) from error
-    if not isinstance(value, dict):
+    if not isinstance(node, yaml.MappingNode):
         raise UsageError(f'{path}: a config file holds lines of "name: value"')
-    return value
+    return node
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """yaml.safe_load's loader (no object of any class is made); a repeated key is an error."""
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(None, None, f"key {key.value!r} twice", key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
+def _bad(path: str, node: yaml.Node, problem: str) -> UsageError:
+    mark = node.start_mark
+    return UsageError(f"{path}:{mark.line + 1}:{mark.column + 1}: bad YAML: {problem}")

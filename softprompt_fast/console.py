@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import unicodedata
+from collections.abc import Iterable
 
 from rich.console import Console
 from rich.text import Text
@@ -18,6 +20,13 @@ def printable(text: str) -> str:
 
 def one_line(text: str) -> str:
     return " ".join(printable(text).split())
+
+
+def closest(word: str, known: Iterable[str]) -> str:
+    """``; did you mean NAME?``, or nothing where no name is close to ``word``."""
+    bare = {name.lstrip("-"): name for name in known}
+    close = difflib.get_close_matches(word.strip("-_"), bare, n=1)
+    return f"; did you mean {bare[close[0]]}?" if close else ""
 
 
 def say(text: str = "") -> None:

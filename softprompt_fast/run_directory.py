@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import IO, Any
 
-from .files import read_json, write_json
+from .files import leftovers, read_json, write_json
 from .soft_prompt import FACTS_FILE, PEFT_FILE, WEIGHTS_FILE
 
 RUN_FILE = "run.json"
@@ -57,6 +57,8 @@ class RunDirectory:
 
     def start(self) -> None:
         """Take the directory for this run; with ``overwrite``, an earlier run goes only now."""
+        for temporary in leftovers(self.path, (RUN_FILE, *RESULT_FILES)):
+            temporary.unlink()
         if self.overwrite:
             for checkpoint in self.path.glob("checkpoint-*"):
                 shutil.rmtree(checkpoint)
@@ -70,7 +72,8 @@ class RunDirectory:
         self._write("finished", **facts)
 
     def _check_free(self) -> None:
-        others = sorted(p.name for p in self.path.iterdir() if p.name != LOCK_FILE)
+        ours = {LOCK_FILE, *(path.name for path in leftovers(self.path, [RUN_FILE]))}
+        others = sorted(path.name for path in self.path.iterdir() if path.name not in ours)
         if others and RUN_FILE not in others:
             raise ValueError(
                 f"output_dir {self.path} is occupied: it holds {others[0]!r} and no {RUN_FILE}, so "
@@ -100,9 +103,24 @@ class RunDirectory:
 
 
 def read_run(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What run.json says; empty where there is none. Raises ValueError if it is not JSON."""
+    """What run.json says; empty where there is none. Raises ValueError naming what is damaged."""
     file = Path(path) / RUN_FILE
-    return read_json(file) if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    run = read_json(file)
+    for name in ("inputs", "options"):
+        _check_kind(file, name, run.get(name, {}), dict)
+    for name, value in run.get("inputs", {}).items():
+        if value is not None:
+            _check_kind(file, name, value, int if name == "max_new_tokens" else str)
+    return run
+
+
+def _check_kind(file: Path, name: str, value: Any, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise ValueError(
+            f"{file} is damaged: {name} must be of type {kind.__name__}, got {value!r}."
+        )
 
 
 def _make_writable(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 import warnings
@@ -12,12 +13,14 @@ import torch
 import transformers
 from transformers import PrinterCallback, ProgressCallback, set_seed
 
+from .bounds import check_at_least
 from .console import progress, say
 from .data import read_jsonl, read_text
 from .examples import check_contexts, make_examples
-from .files import sha256
+from .files import named_failures
 from .model import SoftPromptModel
-from .pretrained import load_model
+from .preflight import check_data, check_options
+from .pretrained import check_dtype, load_model
 from .progress import TrainingProgress
 from .run_directory import RunDirectory
 from .signals import StopOnSignal
@@ -38,7 +41,7 @@ class TrainOptions:
     train_file: str = field(metadata={"help": "JSON Lines file of queries to learn from."})
     context_file: str | None = field(
         default=None,
-        metadata={"help": "Text file: the context to replace. A query's own context goes first."},
+        metadata={"help": "Text file: the context to replace. A query's own replaces this one."},
     )
     eval_file: str | None = field(
         default=None, metadata={"help": "JSON Lines file of held-out queries."}
@@ -57,12 +60,16 @@ class TrainOptions:
         default=False, metadata={"help": "Delete the earlier run in output_dir and train anew."}
     )
 
+    def __post_init__(self) -> None:
+        check_at_least(self, 1, "max_new_tokens", "teacher_batch_size")
+        check_dtype(self.dtype)
+
 
 # Options that change how a run is watched or where things lie, and not what comes out of it.
 FREE_OPTIONS = frozenset(
     [
         *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "save_total_limit"),
-        *("train_file", "context_file", "eval_file"),  # compared by content
+        *("train_file", "context_file", "eval_file"),  # the first two are compared by content
         *("disable_tqdm", "logging_strategy", "logging_steps", "logging_first_step", "log_level"),
         *("report_to", "run_name", "hub_token", "trust_remote_code"),
     ]
@@ -82,14 +89,26 @@ def train(
     given: the options that the user gave; a run is continued only by the options it began with.
     Raises ValueError or OSError, before the model loads wherever that can be known.
     """
-    context = None if options.context_file is None else read_text(options.context_file)
-    records = read_jsonl(options.train_file)
+    check_options(options, config, args)
+    digests = {"train_file": hashlib.sha256(), "context_file": hashlib.sha256()}
+    context = None
+    if options.context_file is not None:
+        context = read_text(options.context_file, digests["context_file"])
+    records = read_jsonl(options.train_file, digests["train_file"])
     eval_records = [] if options.eval_file is None else read_jsonl(options.eval_file)
     check_contexts([*records, *eval_records], context)
+    check_data(args, len(records))
+    inputs = run_inputs(options)
+    decisive = {name: value for name, value in given.items() if name not in FREE_OPTIONS}
+    decisive["model"] = inputs["model"]
+    # By their content, so that files may move.
+    for name, digest in digests.items():
+        if inputs[name] is not None:
+            decisive[f"{name}_sha256"] = digest.hexdigest()
     directory = RunDirectory(
         args.output_dir or "",
-        decisive_options(options, given),
-        inputs=run_inputs(options),
+        decisive,
+        inputs=inputs,
         overwrite=options.overwrite_output_dir,
     )
     if directory.is_finished:
@@ -126,11 +145,16 @@ def train(
         callbacks=[stop],
     )
     directory.start()
-    return _run(trainer, prompt, directory, stop)
+    return _run(trainer, prompt, directory, stop, anew=options.overwrite_output_dir)
 
 
 def _run(
-    trainer: SoftPromptTrainer, prompt: SoftPrompt, directory: RunDirectory, stop: StopOnSignal
+    trainer: SoftPromptTrainer,
+    prompt: SoftPrompt,
+    directory: RunDirectory,
+    stop: StopOnSignal,
+    *,
+    anew: bool,
 ) -> int:
     checkpoint = trainer.args.resume_from_checkpoint
     if checkpoint is None:
@@ -146,12 +170,15 @@ def _run(
         trainer.remove_callback(wordy)
     trainer.add_callback(shown)
     started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with named_failures(directory.path):
+        trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - started
     step, steps = trainer.state.global_step, trainer.state.max_steps
     if stop.received is not None and step < steps:
         say(f"Stopped after step {step} of {steps}, with a checkpoint in {directory.path}.")
-        say("The same command goes on from there.")
+        flag = "overwrite_output_dir" if anew else "resume_from_checkpoint"
+        restarts = anew or trainer.args.resume_from_checkpoint
+        say(f"The same command{f' without --{flag}' if restarts else ''} goes on from there.")
         return stop.exit_code
     prompt.save_pretrained(directory.path)
     directory.finish(
@@ -165,21 +192,14 @@ def _run(
     return 0 if stop.received is None else stop.exit_code
 
 
-def decisive_options(options: TrainOptions, given: dict[str, Any]) -> dict[str, Any]:
-    """The options that decide the result; files by their content, so that they may move."""
-    decisive = {name: value for name, value in given.items() if name not in FREE_OPTIONS}
-    for name in ("train_file", "context_file"):
-        path = getattr(options, name)
-        if path is not None:
-            decisive[f"{name}_sha256"] = sha256(path)
-    return decisive
-
-
 def run_inputs(options: TrainOptions) -> dict[str, Any]:
-    """Where the model and the data are, by absolute path, and the length of the answers."""
-    inputs: dict[str, Any] = {"model": options.model, "max_new_tokens": options.max_new_tokens}
-    if os.path.isdir(options.model):
-        inputs["model"] = os.path.abspath(options.model)
+    """Where the model and the data are, by absolute path, and how the model is used."""
+    inputs: dict[str, Any] = {
+        name: getattr(options, name) for name in ("model", "dtype", "max_new_tokens")
+    }
+    model = os.path.expanduser(options.model)
+    if os.path.isdir(model):
+        inputs["model"] = os.path.abspath(model)
     for name in ("train_file", "context_file", "eval_file"):
         path = getattr(options, name)
         inputs[name] = None if path is None else os.path.abspath(path)

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import os
+import resource
 import signal
+import sys
 
 import pytest
 import torch
 from toy_run import QUESTIONS, start, train_flags, wait_for, write_lines
 
-from softprompt_fast import train
+from softprompt_fast import commands, train
 from softprompt_fast.checkpoints import last_good_checkpoint
 from softprompt_fast.cli import main
+from softprompt_fast.config_file import config_arguments
 from softprompt_fast.console import printable
 from softprompt_fast.run_directory import RunDirectory
+from softprompt_fast.signals import StopOnSignal
 
 
 @pytest.fixture
@@ -129,6 +135,103 @@ def test_a_signal_saves_after_the_step(tmp_path, name):
     assert "The same command goes on from there." in out
 
 
+@pytest.mark.parametrize(
+    ("flag", "hint"),
+    [
+        ([], "The same command goes on"),
+        (["--overwrite_output_dir"], "The same command without --overwrite_output_dir goes on"),
+    ],
+    ids=["plain", "overwrite"],
+)
+def test_the_hint_goes_on_and_does_not_start_anew(run, tmp_path, monkeypatch, flag, hint):
+    def stop_at_once(self, args, state, control, **kwargs):
+        self.received = signal.SIGINT
+        control.should_save = control.should_training_stop = True
+
+    monkeypatch.setattr(StopOnSignal, "on_step_end", stop_at_once)
+    code, out, _ = run(*train_flags(tmp_path), *flag)
+    assert code == 130
+    assert "Stopped after step 1 of 6" in out
+    assert f"{hint} from there." in out
+
+
+def test_ctrl_c_while_libraries_load_is_quiet(tmp_path, monkeypatch):
+    package = tmp_path / "transformers"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise KeyboardInterrupt")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
+    process = start(["generate", "--prompt_dir=x", "hello"])
+    assert process.communicate() == ("", "")
+    assert process.returncode == 130
+
+
+def test_data_from_a_pipe_is_read_once(run, tmp_path):
+    flags = train_flags(tmp_path, max_steps=1)
+    content = (tmp_path / "train.jsonl").read_bytes()
+    reading, writing = os.pipe()
+    os.write(writing, content)
+    os.close(writing)
+    assert run(*flags, f"--train_file=/dev/fd/{reading}")[0] == 0
+    os.close(reading)
+    options = json.loads((tmp_path / "run/run.json").read_text())["options"]
+    assert options["train_file_sha256"] == hashlib.sha256(content).hexdigest()
+    assert "nothing is left to train" in run(*flags)[1]  # the file has the same content
+
+
+def test_eval_knows_the_context_of_the_training(run, tmp_path):
+    run(*train_flags(tmp_path, max_steps=1))
+    context = tmp_path / "context.txt"
+    command = ("eval", "--num_samples=0", "--prompt_dir", tmp_path / "run")
+    evaluation = tmp_path / "run/evaluation.json"
+    assert run(*command)[0] == 0
+    assert json.loads(evaluation.read_text())["context_of_training"] is True
+    context.write_text("Closed for good.")
+    changed = f"{context} is not the context that the prompt was trained on"
+    message = error_of(run(*command))
+    assert message.startswith(f"{changed}: it has changed since.")
+    assert f"pass --context_file={context}" in message
+    code, _, err = run(*command, f"--context_file={context}")
+    assert code == 0
+    assert f"Note: {changed}" in err
+    assert json.loads(evaluation.read_text())["context_of_training"] is False
+
+
+def test_the_dtype_of_the_training_is_taken_over(run, tmp_path, monkeypatch):
+    run(*train_flags(tmp_path, max_steps=1, dtype="bfloat16"))
+    load, loaded = commands.load_model, []
+
+    def spy(*args, **options):
+        loaded.append(options["dtype"])
+        return load(*args, **options)
+
+    monkeypatch.setattr(commands, "load_model", spy)
+    for more in ([], ["--dtype=float32"]):
+        assert run("generate", "Hi", "--prompt_dir", tmp_path / "run", *more)[0] == 0
+    assert loaded == ["bfloat16", "float32"]
+
+
+def test_a_model_is_the_same_by_any_path(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = train_flags(tmp_path, model="model", max_steps=1)
+    assert run(*flags)[0] == 0
+    assert "nothing is left to train" in run(*flags, f"--model={tmp_path / 'model'}")[1]
+
+
+def test_the_table_is_shown_even_if_it_cannot_be_written(run, tmp_path, monkeypatch):
+    run(*train_flags(tmp_path, max_steps=1))
+    file = tmp_path / "run/evaluation.json"
+    file.mkdir()
+    result = run("eval", "--num_samples=1", "--prompt_dir", tmp_path / "run")
+    assert "KL recovered" in result[1]
+    assert error_of(result).startswith(f"{file}: cannot write ")
+    file.rmdir()
+    ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", ascii_only)
+    assert main(["eval", "--num_samples=1", "--prompt_dir", str(tmp_path / "run")]) == 0
+    ascii_only.seek(0)
+    assert "\\xb1" in ascii_only.read()
+
+
 def test_evaluation_during_training(run, tmp_path):
     code, out, _err = run(*train_flags(tmp_path, max_steps=2, eval_strategy="steps", eval_steps=1))
     assert code == 0
@@ -152,6 +255,9 @@ def test_evaluation_during_training(run, tmp_path):
         (["train", "--model=m", "--train_file=t"], "arguments are required: --output_dir"),
         (["train", "--objective=kll"], "argument --objective: invalid choice: 'kll' (choose from"),
         (["train", "--max_steps=many"], "argument --max_steps/--max-steps: invalid int value"),
+        (["train", "--config"], "expected one argument. See softprompt-fast train --help"),
+        (["train", "--config="], "--config is empty: give a path, or leave it out"),
+        (["generate", "--prompt_dir=x", "a\udcff"], "question is not UTF-8: see character 1"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -159,12 +265,50 @@ def test_wrong_usage(run, arguments, message):
     assert message in usage_error_of(run(*arguments))
 
 
-def test_wrong_values(run, tmp_path):
-    flags = train_flags(tmp_path)
-    assert "num_virtual_tokens must be >= 1" in usage_error_of(
-        run(*flags, "--num_virtual_tokens=0")
-    )
-    assert "beta must be in [0, 1]: got 2.0" in usage_error_of(run(*flags, "--beta=2"))
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--num_virtual_tokens=0", "num_virtual_tokens must be >= 1"),
+        ("--beta=2", "beta must be in [0, 1]: got 2.0"),
+        ("--train_file=", "--train_file is empty"),
+        ("--context_file=", "--context_file is empty"),
+        ("--per_device_train_batch_size=0", "size must be a finite number >= 1: got 0"),
+        ("--per_device_eval_batch_size=-1", "size must be a finite number >= 1: got -1"),
+        ("--gradient_accumulation_steps=0", "steps must be a finite number >= 1: got 0"),
+        ("--teacher_batch_size=0", "teacher_batch_size must be a finite number >= 1"),
+        ("--max_new_tokens=0", "max_new_tokens must be a finite number >= 1"),
+        ("--workspace_mib=0", "workspace_mib must be a finite number >= 1"),
+        ("--learning_rate=nan", "learning_rate must be a finite number >= 0: got nan"),
+        ("--learning_rate=-1", "learning_rate must be a finite number >= 0"),
+        ("--max_grad_norm=inf", "max_grad_norm must be a finite number >= 0"),
+        ("--weight_decay=nan", "weight_decay must be a finite number >= 0"),
+        ("--max_steps=-1 --num_train_epochs=nan", "num_train_epochs must be a finite number above"),
+        ("--max_steps=0 --num_train_epochs=0", "num_train_epochs must be a finite number above 0"),
+        ("--prompt_seed=99999999999999999999", "prompt_seed must fit into 64 bits"),
+        ("--dtype=float8", "dtype must be one of auto, float32"),
+        ("--backend=foo", "backend must be "),
+        ("--backend=cuda", "backend 'cuda' cannot be used: "),
+        ("--report_to=azure_ml", "report_to azure_ml: there is no such package installed"),
+        ("--report_to=foo", "report_to foo: there is no such package installed"),
+        ("--optim=adamw_8bit", "optim adamw_8bit, optim_args None: You need to install"),
+        ("--lr_scheduler_type=warmup_stable_decay", "missing 1 required positional argument"),
+        ("--save_strategy=best", "save_strategy best needs --eval_strategy and"),
+        ("--metric_for_best_model=f1", "metric_for_best_model must be loss: got 'f1'"),
+        ("--save_only_model", "save_only_model is not supported"),
+        ("--push_to_hub", "push_to_hub is not supported"),
+        ("--use_liger_kernel", "use_liger_kernel is not supported"),
+        ("--deepspeed=x.json", "deepspeed is not supported"),
+        ("--neftune_noise_alpha=5", "neftune_noise_alpha is not supported"),
+        ("--overwrite_output_dir --resume_from_checkpoint=x", "give one"),
+    ],
+)
+def test_wrong_values_are_said_before_the_model_loads(run, no_model, flags, message):
+    assert message in usage_error_of(run(*no_model(), *flags.split()))
+
+
+def test_evaluation_needs_queries(run, no_model):
+    message = usage_error_of(run(*no_model(eval_file=None, eval_strategy="epoch")))
+    assert message == "eval_strategy and eval_on_start need --eval_file"
 
 
 def test_help_is_short_and_names_the_commands(run):
@@ -172,6 +316,12 @@ def test_help_is_short_and_names_the_commands(run):
     assert code == 0
     assert all(name in out for name in ("train", "eval", "generate", "--config"))
     assert run()[0] == 2
+
+
+def test_the_usage_of_generate_has_a_question(run, capsys):
+    with pytest.raises(SystemExit):
+        main(["generate", "--help"])
+    assert '[--flags] ["QUESTION"]' in capsys.readouterr().out
 
 
 # Config files
@@ -200,17 +350,24 @@ def test_a_config_file_is_a_set_of_flags(run, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("learning_rat: 1", ": unknown key 'learning_rat'; did you mean 'learning_rate'?"),
+        ("learning_rat: 1", ": unknown key 'learning_rat'; did you mean learning_rate?"),
         ("a: 1\nb: [1, 2\n", ":3:1: bad YAML: expected ',' or ']'"),
         ("model: x\nmodel: y", ":2:1: bad YAML: key 'model' twice"),
         ("- model", ': a config file holds lines of "name: value"'),
         ("", ': a config file holds lines of "name: value"'),
         (
             "model: !!python/object/apply:os._exit [3]",
-            ":1:8: bad YAML: could not determine a constructor for the tag",
+            ":1:8: bad YAML: no tag is allowed here: got 'tag:yaml.org,2002:python/object/",
         ),
         ("objective: kll", "argument --objective: invalid choice: 'kll'"),
-        ("3: 4", ": unknown key 3"),
+        ("3: 4", ": unknown key '3'"),
+        ("? [a]\n: 1", ":1:3: bad YAML: a key must be a name"),
+        ("2020-01-01: 1", ": unknown key '2020-01-01'"),
+        ("beta: !!int foo", "argument --beta: invalid float value: 'foo'"),
+        ("max_steps: 2020-01-01", "argument --max_steps/--max-steps: invalid int value: '2020-"),
+        ("objective: no", "argument --objective: invalid choice: 'no'"),
+        ("model: m\nlr_scheduler_kwargs: &a {b: *a}", ":2:1: bad YAML: 'lr_scheduler_kwargs' is "),
+        ("beta: !!set {a}", ":1:7: bad YAML: no tag is allowed here: got 'tag:yaml.org,2002:set'"),
     ],
     ids=lambda value: value[:30],
 )
@@ -220,6 +377,30 @@ def test_bad_config_files(run, tmp_path, text, message):
     error = usage_error_of(run("train", "--config", config))
     assert message in error
     assert message.startswith("argument") or error.startswith(str(config))
+
+
+def test_what_a_config_file_says_stays_as_written(tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        "save_strategy: no\nresume_from_checkpoint: a/checkpoint-1\ntrain_file: ~nouser/x\n"
+        'lr_scheduler_kwargs: {num_cycles: 2, last: "2", min_lr: 1e-3, on: [true, ~]}\n'
+        "run_name: 2020-01-01\nreport_to: [none, 1]\neval_file: ~\n"
+    )
+    names = "save_strategy resume_from_checkpoint train_file lr_scheduler_kwargs run_name report_to"
+    assert config_arguments(str(config), [*names.split(), "eval_file"]) == [
+        "--save_strategy=no",
+        f"--resume_from_checkpoint={tmp_path}/a/checkpoint-1",
+        f"--train_file={tmp_path}/~nouser/x",
+        '--lr_scheduler_kwargs={"num_cycles": 2, "last": "2", "min_lr": 0.001, "on": [true, null]}',
+        "--run_name=2020-01-01",
+        *("--report_to", "none", "1"),
+    ]
+
+
+def test_a_question_is_no_key(run, tmp_path):
+    (tmp_path / "c.yaml").write_text("prompt_dir: x\nquestion: hi")
+    message = usage_error_of(run("generate", "--config", tmp_path / "c.yaml"))
+    assert message == f"{tmp_path / 'c.yaml'}: unknown key 'question'"
 
 
 def test_a_missing_config_file(run, tmp_path):
@@ -253,6 +434,26 @@ def test_an_occupied_output_directory(run, tmp_path, no_model):
         message = error_of(run(*no_model(), *more))
         assert f"output_dir {tmp_path / 'run'} is occupied: it holds 'thesis.tex'" in message
     assert (tmp_path / "run/thesis.tex").exists()
+
+
+def test_a_first_write_that_was_killed_is_not_in_the_way(run, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/.run.json.123.tmp").write_text('{"format')
+    assert run(*train_flags(tmp_path, max_steps=1))[0] == 0
+    assert not (tmp_path / "run/.run.json.123.tmp").exists()
+
+
+def test_nothing_to_train_on(run, no_model):
+    message = error_of(run(*no_model(dataloader_drop_last=True, per_device_train_batch_size=100)))
+    assert message == (
+        "dataloader_drop_last leaves nothing to train on: 5 queries are less than a batch of 100. "
+        "Lower per_device_train_batch_size."
+    )
+
+
+def test_a_checkpoint_that_is_not_there(run, no_model):
+    message = error_of(run(*no_model(resume_from_checkpoint="/no/such")))
+    assert message == "checkpoint /no/such does not exist, or is no directory."
 
 
 def test_an_output_directory_that_cannot_be_written(run, tmp_path, no_model):
@@ -291,6 +492,36 @@ def test_too_long_for_the_model(run, tmp_path):
     message = error_of(run(*flags))
     assert message.startswith(f"{tmp_path / 'train.jsonl'}:2: context and query take ")
     assert "the answer up to 7, but the model has 512 positions" in message
+
+
+def test_a_full_disk_names_the_directory(run, tmp_path):
+    flags = train_flags(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))  # of each file, in bytes
+    try:
+        result = run(*flags)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert error_of(result).startswith(f"{tmp_path / 'run'}: cannot write ")
+    assert run(*flags)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"inputs": None}, "inputs must be of type dict, got None"),
+        ({"options": []}, "options must be of type dict, got []"),
+        ({"inputs": {"max_new_tokens": "x"}}, "max_new_tokens must be of type int, got 'x'"),
+        ({"inputs": {"model": 3}}, "model must be of type str, got 3"),
+    ],
+    ids=str,
+)
+def test_a_damaged_run_file_is_named(run, tmp_path, change, message):
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps(change))
+    for command in (["eval"], ["generate", "hello"]):
+        error = error_of(run(*command, "--prompt_dir", tmp_path))
+        assert error == f"{file} is damaged: {message}."
 
 
 def test_cut_answers_are_counted(run, tmp_path):

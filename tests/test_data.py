@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 
@@ -43,6 +44,20 @@ def test_reads_every_documented_form(write):
     assert four.completion == "4"
 
 
+def test_fields_of_other_data_sets_are_ignored(write):
+    (record,) = read_jsonl(write('{"prompt": "a", "prompt_id": 3, "content": "b", "comment": 4}'))
+    assert record.messages[0]["content"] == "a"
+    assert (record.completion, record.context) == (None, None)
+
+
+def test_the_digest_is_of_what_was_read(write):
+    path = write("\ufeff" + LINE.format("a") + "\r\n" + LINE.format("é"))
+    for read in (read_jsonl, read_text):
+        digest = hashlib.sha256()
+        read(path, digest)
+        assert digest.digest() == hashlib.sha256(path.read_bytes()).digest()
+
+
 def test_mark_blank_lines_and_carriage_returns_change_nothing(write):
     path = write(b'\xef\xbb\xbf{"prompt": "a"}\r\n\r\n  \n{"prompt": "b\xe2\x80\xa8c"}\r\n')
     assert [(r.messages[0]["content"], r.source) for r in read_jsonl(path)] == [
@@ -67,6 +82,9 @@ def _user(content) -> str:
         ('{"prompt": "a", "messages": []}', ":2: give 'prompt' or 'messages'; the line has both"),
         ('{"promt": "a"}', ":2: unknown field 'promt'; did you mean 'prompt'?"),
         ('{"prompt": "a", "Completion": "b"}', "'Completion'; did you mean 'completion'?"),
+        ('{"prompt": "NaN", "x": NaN}', ":2:24: bad JSON: NaN is no JSON value"),
+        ('{"prompt": "a", "x": [-Infinity]}', ":2:23: bad JSON: -Infinity is no JSON value"),
+        ('{"prompt": "a", "contect": "b"}', "'contect'; did you mean 'context'?"),
         ('{"prompt": 3}', ":2: 'prompt' must be a string or a list of messages, got a number"),
         ('{"prompt": []}', "'prompt' must be a string or a list of messages, got an empty list"),
         ('{"prompt": " "}', ":2: 'prompt' is empty"),

@@ -13,6 +13,7 @@ import torch
 from gguf import GGUFReader, dequantize
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
+from toy import make_model, make_tokenizer
 from toy_run import save_toy_model
 
 from softprompt_fast import pretrained
@@ -27,6 +28,7 @@ def toy(tmp_path):
 def change_config(directory, **values):
     file = directory / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+    return directory
 
 
 def message_of(*args, **options) -> str:
@@ -83,6 +85,45 @@ def test_a_damaged_file_is_named(toy):
     assert f"cannot load model '{toy}'" in message_of(toy)
     (toy / "config.json").write_text("{")
     assert f"cannot load model '{toy}'" in message_of(toy)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("model.safetensors", b"", "cannot load model "),
+        ("pytorch_model.bin", b"garbage", "a file of its weights is damaged, or holds code"),
+        ("tokenizer_config.json", b"[]", "cannot load model "),
+        ("config.json", b"[]", "cannot load model "),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_any_damaged_file_is_a_message(toy, name, content, message):
+    if name == "pytorch_model.bin":
+        (toy / "model.safetensors").unlink()
+    (toy / name).write_bytes(content)
+    found = message_of(toy)
+    assert str(toy) in found
+    assert message in found
+
+
+def test_parts_that_do_not_fit_each_other(toy):
+    assert "Field 'hidden_size' expected int" in message_of(change_config(toy, hidden_size="x"))
+    message = message_of(change_config(toy, hidden_size=64))
+    assert f"model '{toy}' does not fit its config.json: " in message
+    assert "has shape (259, 32) in its files and (259, 64) by the config." in message
+
+
+def test_the_tokenizer_of_another_model(toy):
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<|image|>"])
+    tokenizer.save_pretrained(toy)
+    assert len(load_model(toy, device="cpu")[1]) == 260  # an added token may have no embedding
+    model = make_model()
+    model.resize_token_embeddings(100)
+    model.save_pretrained(toy)
+    message = message_of(toy)
+    assert message.startswith(f"the tokenizer of '{toy}' is not that of its model")
+    assert message.endswith("it has 259 tokens, and the model embeds 100.")
 
 
 def test_only_causal_models(toy):

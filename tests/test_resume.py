@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 
+import pytest
+import torch
 from toy_run import start, train_flags, wait_for
+
+from softprompt_fast.checkpoints import (
+    NEEDED_TO_RESUME,
+    last_good_checkpoint,
+    rotate_checkpoints,
+    verify_checkpoint,
+    write_manifest,
+)
 
 STEPS = {"max_steps": 400, "save_steps": 20}
 WEIGHTS = "adapter_model.safetensors"
@@ -32,3 +43,77 @@ def test_a_killed_run_ends_with_the_same_prompt(tmp_path):
     assert (tmp_path / "killed" / WEIGHTS).read_bytes() == (
         tmp_path / "undisturbed" / WEIGHTS
     ).read_bytes()
+
+
+@pytest.fixture
+def save(tmp_path):
+    """Writes a checkpoint, later than those before it; a broken one is what kill -9 leaves."""
+    clock = iter(range(1_000, 2_000))
+
+    def save_checkpoint(step, *, broken=False):
+        checkpoint = tmp_path / f"checkpoint-{step}"
+        checkpoint.mkdir()
+        for name in NEEDED_TO_RESUME:
+            torch.save({"a": torch.ones(2)}, checkpoint / name)
+        if not broken:
+            write_manifest(checkpoint)
+            os.utime(checkpoint / "manifest.json", times=(now := next(clock), now))
+        return checkpoint
+
+    return save_checkpoint
+
+
+def steps(directory) -> list[int]:
+    return sorted(int(path.name.split("-")[1]) for path in directory.glob("checkpoint-*"))
+
+
+def test_broken_checkpoints_go_first_and_take_no_place(save, tmp_path):
+    save(5, broken=True)
+    save(13)
+    save(21)
+    save(50_000, broken=True)
+    rotate_checkpoints(tmp_path, None, None)
+    assert steps(tmp_path) == [5, 13, 21, 50_000]
+    rotate_checkpoints(tmp_path, 2, None)
+    assert steps(tmp_path) == [13, 21]
+
+
+def test_the_checkpoint_just_written_stays(save, tmp_path):
+    save(21)
+    save(30)
+    save(13)  # by a run that was sent back to an earlier step
+    rotate_checkpoints(tmp_path, 1, None)
+    assert steps(tmp_path) == [13]
+
+
+def test_rotation_keeps_the_best_and_never_deletes_all(save, tmp_path):
+    best = save(1)
+    for step in (2, 3, 4):
+        save(step)
+    rotate_checkpoints(tmp_path, 2, str(best))
+    assert steps(tmp_path) == [1, 4]
+    for step in (1, 4):
+        (tmp_path / f"checkpoint-{step}/manifest.json").unlink()
+    rotate_checkpoints(tmp_path, 1, None)
+    assert steps(tmp_path) == [1, 4]
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("evil",)
+
+
+@pytest.mark.parametrize("content", [b"garbage", Evil()], ids=["garbage", "code"])
+def test_a_pickle_is_refused_by_name_whatever_the_manifest_says(
+    save, tmp_path, monkeypatch, content
+):
+    monkeypatch.chdir(tmp_path)
+    checkpoint = save(1, broken=True)
+    file = checkpoint / "optimizer.pt"
+    file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
+    write_manifest(checkpoint)
+    with pytest.raises(ValueError, match=rf"{file} is refused: it is not the plain data"):
+        verify_checkpoint(checkpoint)
+    assert not (tmp_path / "evil").exists()
+    with pytest.warns(UserWarning, match="optimizer.pt is refused"):
+        assert last_good_checkpoint(tmp_path) is None

@@ -1,0 +1,78 @@
+"""What can be known to be wrong with a training run before its model loads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import Trainer, get_scheduler
+from transformers.integrations import get_available_reporting_integrations
+
+from .arguments import SoftPromptTrainingArguments
+from .checkpoints import verify_checkpoint
+from .errors import UsageError
+from .soft_prompt import SoftPromptConfig
+
+METRICS = (None, "loss", "eval_loss")
+
+
+def check_options(
+    options: Any, config: SoftPromptConfig, args: SoftPromptTrainingArguments
+) -> None:
+    """Raises UsageError naming options that do not go together, or a package that is missing.
+
+    options: the TrainOptions of the run.
+    """
+    evaluates = args.eval_strategy != "no" or args.eval_on_start
+    if evaluates and options.eval_file is None:
+        raise UsageError("eval_strategy and eval_on_start need --eval_file")
+    if args.metric_for_best_model not in METRICS:
+        raise UsageError(f"metric_for_best_model must be loss: got {args.metric_for_best_model!r}")
+    if args.save_strategy == "best" and not (evaluates and args.metric_for_best_model):
+        raise UsageError(
+            "save_strategy best needs --eval_strategy and --metric_for_best_model=loss"
+        )
+    if options.overwrite_output_dir and args.resume_from_checkpoint:
+        raise UsageError(
+            "--overwrite_output_dir trains anew, and --resume_from_checkpoint does not: give one"
+        )
+    if not -(2**63) <= config.prompt_seed < 2**64:
+        raise UsageError(f"prompt_seed must fit into 64 bits: got {config.prompt_seed}")
+    for name in args.report_to or ():
+        if name not in get_available_reporting_integrations():
+            raise UsageError(f"report_to {name}: there is no such package installed")
+    _check_optimizer(args)
+
+
+def check_data(args: SoftPromptTrainingArguments, num_queries: int) -> None:
+    """Raises ValueError if there is nothing to train on, or to go on from."""
+    batch = args.train_batch_size * args.world_size
+    if args.dataloader_drop_last and num_queries < batch:
+        raise ValueError(
+            f"dataloader_drop_last leaves nothing to train on: {num_queries} queries are less "
+            f"than a batch of {batch}. Lower per_device_train_batch_size."
+        )
+    if args.resume_from_checkpoint:
+        verify_checkpoint(args.resume_from_checkpoint)
+
+
+def _check_optimizer(args: SoftPromptTrainingArguments) -> None:
+    """Makes an optimiser and a schedule of the kind asked for, of one number."""
+    optim, schedule = (str(getattr(x, "value", x)) for x in (args.optim, args.lr_scheduler_type))
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(args)
+    except (ImportError, ValueError) as error:
+        raise UsageError(f"optim {optim}, optim_args {args.optim_args}: {error}") from error
+    options: Any = args.lr_scheduler_kwargs or {}
+    try:
+        get_scheduler(
+            schedule,
+            torch.optim.SGD([torch.zeros(1)]),
+            num_warmup_steps=0,
+            num_training_steps=1,
+            scheduler_specific_kwargs=dict(options),
+        )
+    except (TypeError, ValueError) as error:
+        raise UsageError(
+            f"lr_scheduler_type {schedule}, lr_scheduler_kwargs {options}: {error}"
+        ) from error
