@@ -100,8 +100,8 @@ class Teacher:
         groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for index in indices:
             groups[tuple(queries[index].before + queries[index].context)].append(index)
-        hidden = not self.show_progress
-        with tqdm(total=len(indices), desc="teacher", unit="query", disable=hidden) as progress:
+        silent = not (self.show_progress and indices)
+        with tqdm(total=len(indices), desc="teacher", unit="query", disable=silent) as progress:
             for ids, group in groups.items():
                 prefix = Prefix.read(self.model, ids)
                 for batch in in_batches(
