@@ -7,7 +7,6 @@ soft_prompt.json            our own facts: placement, initialisation, the base m
 
 from __future__ import annotations
 
-import hashlib
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .base_facts import base_facts, differences
 from .files import read_json, refuse_pickle, write_bytes, write_json
 from .head import input_embedding
 from .prompting import PLACEMENTS, Placement
@@ -141,12 +141,7 @@ class SoftPrompt(nn.Module):
 
     def check_base(self, model: PreTrainedModel) -> None:
         """Raises ValueError listing the fields in which ``model`` is not the prompt's model."""
-        found = base_facts(model)
-        differing = [
-            f"{name}: prompt {self.base.get(name)!r}, model {found[name]!r}"
-            for name in found
-            if name != "name_or_path" and self.base.get(name) != found[name]
-        ]
+        differing = differences(self.base, base_facts(model))
         if differing:
             raise ValueError(
                 "The soft prompt belongs to another model "
@@ -167,23 +162,6 @@ class SoftPrompt(nn.Module):
             "base_model_name_or_path": self.base["name_or_path"],
             "inference_mode": True,
         }
-
-
-def base_facts(model: PreTrainedModel) -> dict[str, Any]:
-    """What tells one base model from another, the same in every dtype it is loaded in."""
-    config = model.config.get_text_config(decoder=True)
-    weight = input_embedding(model).weight.detach()
-    # Enough rows to tell models apart; hashing all of a large vocabulary would take seconds.
-    rows = weight[:: max(1, weight.shape[0] // 4096)].to(torch.bfloat16).cpu().contiguous()
-    return {
-        "name_or_path": model.config._name_or_path,
-        "model_type": config.model_type,
-        "vocab_size": weight.shape[0],
-        "hidden_size": weight.shape[1],
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "embedding_sha256": hashlib.sha256(rows.view(torch.uint8).numpy().tobytes()).hexdigest(),
-    }
 
 
 @torch.no_grad()

@@ -99,10 +99,31 @@ def test_a_save_that_fails_leaves_the_old_prompt(tmp_path, monkeypatch):
 
 def test_another_base_model_is_refused_with_the_differing_fields(tmp_path):
     make_prompt(make_model()).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="another model.*embedding_sha256: prompt '[0-9a-f]{64}'"):
+    with pytest.raises(
+        ValueError, match=r"another model.*weights: \d+ of \d+ compared, "
+    ):
         SoftPrompt.from_pretrained(tmp_path, make_model(seed=1))
     with pytest.raises(ValueError, match="model_type: prompt 'llama', model 'gpt2'"):
         SoftPrompt.from_pretrained(tmp_path, make_model("gpt2"))
+
+
+def test_a_fine_tuned_base_model_is_refused(tmp_path):
+    """It may keep the embedding bit for bit."""
+    make_prompt(make_model()).save_pretrained(tmp_path)
+    tuned = make_model()
+    for name, weight in tuned.named_parameters():
+        if "q_proj" in name:
+            weight.data *= 1.05
+    with pytest.raises(
+        ValueError, match=r"weights: \d+ of \d+ compared, .*q_proj"
+    ):
+        SoftPrompt.from_pretrained(tmp_path, tuned)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_prompt_belongs_to_its_model_in_every_dtype(tmp_path, dtype):
+    make_prompt(make_model()).save_pretrained(tmp_path)
+    SoftPrompt.from_pretrained(tmp_path, make_model().to(dtype))
 
 
 class Exploit:
