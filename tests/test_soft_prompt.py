@@ -99,9 +99,7 @@ def test_a_save_that_fails_leaves_the_old_prompt(tmp_path, monkeypatch):
 
 def test_another_base_model_is_refused_with_the_differing_fields(tmp_path):
     make_prompt(make_model()).save_pretrained(tmp_path)
-    with pytest.raises(
-        ValueError, match=r"another model.*weights: \d+ of \d+ compared, "
-    ):
+    with pytest.raises(ValueError, match=r"another model.*weights: \d+ of \d+ compared, "):
         SoftPrompt.from_pretrained(tmp_path, make_model(seed=1))
     with pytest.raises(ValueError, match="model_type: prompt 'llama', model 'gpt2'"):
         SoftPrompt.from_pretrained(tmp_path, make_model("gpt2"))
@@ -114,9 +112,7 @@ def test_a_fine_tuned_base_model_is_refused(tmp_path):
     for name, weight in tuned.named_parameters():
         if "q_proj" in name:
             weight.data *= 1.05
-    with pytest.raises(
-        ValueError, match=r"weights: \d+ of \d+ compared, .*q_proj"
-    ):
+    with pytest.raises(ValueError, match=r"weights: \d+ of \d+ compared, .*q_proj"):
         SoftPrompt.from_pretrained(tmp_path, tuned)
 
 
