@@ -72,8 +72,9 @@ def _value(path: str, node: yaml.Node) -> Any:
         return [_value(path, item) for item in node.value]
     if node.tag == YAML + "null":
         return None
+    is_quoted = isinstance(node, yaml.ScalarNode) and node.style
     try:
-        return node.value if node.style else json.loads(node.value)
+        return node.value if is_quoted else json.loads(node.value)
     except ValueError:
         return node.value
 
