@@ -173,7 +173,8 @@ class Chunk {
     }
     if (p.streams == 2) {
       at.softmax[1].from(first).add<NV>(z[1], block.n);
-      at.peak.from(first).add<NV>(z[0], z[1], block.first, block.n);
+      // forward KL needs it only where balance_slopes does
+      if (p.dhidden || p.beta != 0.0) at.peak.from(first).add<NV>(z[0], z[1], block.first, block.n);
     }
     const Softmax student = at.softmax[0].from(first);
     if (p.label_smoothing) student.add_total<NV>(z[0], block.n);
