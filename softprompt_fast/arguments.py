@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 
 from . import backends
 from .bounds import check_at_least
+from .options import check_options
 
 Objective = Literal["nll", "kl", "mix"]
 LossImpl = Literal["fused", "reference"]
@@ -85,9 +86,7 @@ class SoftPromptTrainingArguments(TrainingArguments):
             value = getattr(self, name)
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}: got {value!r}.")
-        for name in ("alpha", "beta"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"{name} must be in [0, 1]: got {getattr(self, name)}.")
+        check_options(alpha=self.alpha, beta=self.beta)
         if not 0.0 < self.temperature < math.inf:
             raise ValueError(
                 f"temperature must be a finite number above 0: got {self.temperature}."

