@@ -23,8 +23,8 @@ from .examples import make_examples
 from .generate import generate
 from .head import OutputHead
 from .losses import linear_kl, linear_nll
-from .model import Collator, SoftPromptModel, TrainingExample
-from .prompting import Query
+from .model import SoftPromptModel, TrainingExample
+from .prompting import Query, cut_context
 from .soft_prompt import SoftPrompt
 from .teacher import Teacher
 
@@ -108,7 +108,7 @@ def _other_queries(student: SoftPromptModel, queries: Sequence[Query]) -> dict[s
     P = student.prompt.config.num_virtual_tokens
     return {
         NONE: [replace(query, before=[], context=[], after=query.plain) for query in queries],
-        CUT: [replace(query, context=query.context[:P]) for query in queries],
+        CUT: [cut_context(query, P) for query in queries],
     }
 
 
@@ -129,8 +129,7 @@ def _hidden_states(
 def _prompt_states(
     teacher: Teacher, student: SoftPromptModel, examples: Sequence[TrainingExample]
 ) -> list[Tensor]:
-    config = student.prompt.config
-    collate = Collator(num_virtual_tokens=config.num_virtual_tokens, placement=config.placement)
+    collate = student.collator()
     device = student.prompt.embedding.device
     parts = []
     starts = range(0, len(examples), teacher.batch_size)

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
+from .arguments import SoftPromptTrainingArguments
 from .commands import EvalOptions, PromptOptions, answer_question, evaluate_prompt
 from .config_file import PATH_OPTIONS, config_arguments
 from .console import closest
@@ -15,7 +16,6 @@ from .errors import UsageError
 from .signals import StopOnSignal
 from .soft_prompt import SoftPromptConfig
 from .train import TrainOptions, train
-from .trainer import SoftPromptTrainingArguments
 
 TEXT_OPTIONS = ("question", "prompt_tuning_init_text")
 

@@ -9,7 +9,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .decoding import in_batches, write
-from .model import Collator, SoftPromptModel, TrainingExample
+from .model import SoftPromptModel, TrainingExample
 from .prefix_cache import Prefix
 from .prompting import Query, student_layout
 from .teacher import Answer, Teacher
@@ -36,16 +36,11 @@ def generate(
     ends = Teacher(
         model.base, tokenizer, max_new_tokens=max_new_tokens, batch_size=batch_size
     ).end_ids
-    config = model.prompt.config
-    collate = Collator(
-        num_virtual_tokens=config.num_virtual_tokens,
-        placement=config.placement,
-        padding_side="left",
-    )
+    collate = model.collator(padding_side="left")
     device = model.prompt.embedding.device
 
     def length(index: int) -> int:
-        return sum(map(len, student_layout(queries[index], config.placement)))
+        return sum(map(len, student_layout(queries[index], collate.placement)))
 
     may_pad = Prefix.read(model.base, []).bears_padding
     texts: dict[int, str] = {}

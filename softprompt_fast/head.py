@@ -82,6 +82,11 @@ def input_embedding(model: PreTrainedModel) -> nn.Embedding:
     return cast(nn.Embedding, model.get_input_embeddings())
 
 
+def position_limit(model: PreTrainedModel) -> int | None:
+    """How many tokens the model can read, None where its config does not say."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
 @torch.no_grad()
 def check_head(model: PreTrainedModel) -> None:
     """Compare ``OutputHead`` with the model's own logits on a few tokens.

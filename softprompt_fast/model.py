@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .head import OutputHead, check_head, hidden_states, input_embedding
+from .head import OutputHead, check_head, hidden_states, input_embedding, position_limit
 from .prompting import Query, student_layout
 from .soft_prompt import SoftPrompt
 from .teacher import Answer
@@ -63,8 +63,7 @@ class SoftPromptModel(nn.Module):
 
     def check_length(self, query: Query, answer_tokens: int) -> None:
         """Raises ValueError if prompt, query and answer do not fit into the base's positions."""
-        config = self.base.config.get_text_config(decoder=True)
-        limit = getattr(config, "max_position_embeddings", None)
+        limit = position_limit(self.base)
         P = self.prompt.config.num_virtual_tokens
         asked = sum(map(len, student_layout(query, self.prompt.config.placement)))
         if limit is not None and P + asked + answer_tokens > limit:
@@ -73,6 +72,15 @@ class SoftPromptModel(nn.Module):
                 f"answer's {answer_tokens} do not fit into the model's {limit} positions. "
                 "Lower num_virtual_tokens, or shorten the query or the answer."
             )
+
+    def collator(self, padding_side: str = "right") -> Collator:
+        """For examples that this model reads."""
+        config = self.prompt.config
+        return Collator(
+            num_virtual_tokens=config.num_virtual_tokens,
+            placement=config.placement,
+            padding_side=padding_side,
+        )
 
     def inputs_embeds(
         self, input_ids: Tensor, prompt_mask: Tensor, *, gradient_scale: float = 1.0

@@ -12,7 +12,7 @@ A query is rendered once, by the model's chat template, with a slot where the co
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Any, Literal, get_args
 
@@ -96,9 +96,9 @@ def teacher_ids(query: Query) -> list[int]:
     return query.before + query.context + query.after
 
 
-def cut_ids(query: Query, num_tokens: int) -> list[int]:
-    """The teacher's tokens with the context cut to its first ``num_tokens``."""
-    return query.before + query.context[:num_tokens] + query.after
+def cut_context(query: Query, num_tokens: int) -> Query:
+    """The query with the context cut to its first ``num_tokens``."""
+    return replace(query, context=query.context[:num_tokens])
 
 
 def student_layout(query: Query, placement: str) -> tuple[list[int], list[int]]:

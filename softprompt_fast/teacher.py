@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .decoding import end_ids, in_batches, write
-from .head import hidden_states
+from .head import hidden_states, position_limit
 from .prefix_cache import Prefix
 from .prompting import Query, teacher_ids
 
@@ -176,9 +176,7 @@ class Teacher:
         name = query.source or f"the query that ends in tokens {query.after[-5:]}"
         if ids is not None and not ids:
             raise ValueError(f"{name}: the answer has no tokens.")
-        limit = getattr(
-            self.model.config.get_text_config(decoder=True), "max_position_embeddings", None
-        )
+        limit = position_limit(self.model)
         asked = len(teacher_ids(query))
         answer = self.max_new_tokens if ids is None else len(ids)
         if limit is not None and asked + answer > limit:

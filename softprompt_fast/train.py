@@ -13,7 +13,9 @@ import torch
 import transformers
 from transformers import PrinterCallback, ProgressCallback, set_seed
 
+from .arguments import SoftPromptTrainingArguments
 from .bounds import check_at_least
+from .checkpoints import last_good_checkpoint
 from .console import progress, say
 from .data import read_jsonl, read_text
 from .examples import check_contexts, make_examples
@@ -26,11 +28,7 @@ from .run_directory import RunDirectory
 from .signals import StopOnSignal
 from .soft_prompt import SoftPrompt, SoftPromptConfig
 from .teacher import Teacher
-from .trainer import (
-    SoftPromptTrainer,
-    SoftPromptTrainingArguments,
-    last_good_checkpoint,
-)
+from .trainer import SoftPromptTrainer
 
 
 @dataclass(kw_only=True)

@@ -27,15 +27,8 @@ from .checkpoints import (
     write_manifest,
 )
 from .examples import check_examples
-from .model import IGNORE, Collator, SoftPromptModel, TrainingExample, scaled
+from .model import IGNORE, SoftPromptModel, TrainingExample, scaled
 from .soft_prompt import SoftPrompt
-
-__all__ = [
-    "SoftPromptTrainer",
-    "SoftPromptTrainingArguments",
-    "TrainingExample",
-    "last_good_checkpoint",
-]
 
 Datasets = Sequence[TrainingExample] | dict[str, Sequence[TrainingExample]]
 
@@ -70,11 +63,7 @@ class SoftPromptTrainer(Trainer):
         for name, dataset in {"train_dataset": train_dataset, **several}.items():
             if dataset is not None:
                 check_examples(name, dataset, model, args)
-        prompt = model.prompt.config
-        options.setdefault(
-            "data_collator",
-            Collator(num_virtual_tokens=prompt.num_virtual_tokens, placement=prompt.placement),
-        )
+        options.setdefault("data_collator", model.collator())
         super().__init__(
             model=model,
             args=args,

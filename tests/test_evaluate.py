@@ -13,7 +13,7 @@ from toy_run import CONTEXT, HELD_OUT, NEW_TOKENS
 
 from softprompt_fast.data import Record
 from softprompt_fast.evaluate import CONDITIONS, clustered_standard_error, evaluate
-from softprompt_fast.prompting import cut_ids, student_layout, teacher_ids, tokenize_query
+from softprompt_fast.prompting import student_layout, teacher_ids, tokenize_query
 from softprompt_fast.report import side_by_side, table
 from softprompt_fast.soft_prompt import SoftPrompt, SoftPromptConfig
 
@@ -59,7 +59,7 @@ def oracle_inputs(model, prompt, query):
     return {
         "full context": of(teacher_ids(query)),
         "no context": of(query.plain),
-        "cut context": of(cut_ids(query, P)),
+        "cut context": of(query.before + query.context[:P] + query.after),
         "soft prompt": torch.cat([of(before), prompt.embedding, of(after)]),
     }
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from softprompt_fast.data import Record
 from softprompt_fast.examples import make_examples
 from softprompt_fast.prompting import (
-    cut_ids,
+    cut_context,
     student_layout,
     teacher_ids,
     tokenize_answer,
@@ -154,7 +154,7 @@ def test_layouts():
     query = tokenize_query(make_tokenizer(), [USER], "Open at 10.")
     assert student_layout(query, "system") == (query.before, query.after)
     assert student_layout(query, "prefix") == ([], query.plain)
-    assert cut_ids(query, 4) == query.before + query.context[:4] + query.after
+    assert teacher_ids(cut_context(query, 4)) == query.before + query.context[:4] + query.after
     with pytest.raises(ValueError, match="placement must be one of system, prefix: got 'middle'"):
         student_layout(query, "middle")
 
