@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import os
 from types import ModuleType
 
 import torch
@@ -17,7 +19,10 @@ except ImportError as error:
     _cpp_problem = f"the compiled extension is missing ({error}); install with a C++ compiler"
 
 # The fastest first: "auto" takes the first that can run on the tensors' device.
-PREFERENCE = {"cpu": ("cpp", "torch"), "cuda": ("torch",)}
+PREFERENCE = {"cpu": ("cpp", "torch"), "cuda": ("triton", "cuda", "torch")}
+# What a backend needs its tensors on; "torch" takes any.
+DEVICES = {"cpp": "cpu", "triton": "cuda", "cuda": "cuda", "streaming": "cuda"}
+LEAST_CAPABILITY = (8, 0)
 
 
 def available() -> dict[str, str | None]:
@@ -25,9 +30,39 @@ def available() -> dict[str, str | None]:
     return {
         "torch": None,
         "cpp": _cpp_problem,
-        "triton": "its kernels are not part of this version",
-        "cuda": "its kernels are not part of this version",
+        "triton": _triton_problem(),
+        "cuda": _cuda_problem(),
+        "streaming": _triton_problem(),
     }
+
+
+def interpreted() -> bool:
+    """Do Triton kernels run in Triton's interpreter, on tensors of any device? A slow rehearsal."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _triton_problem() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; install softprompt_fast[triton]"
+    return None if interpreted() else _gpu_problem()
+
+
+def _cuda_problem() -> str | None:
+    if _cpp_problem is not None:
+        return _cpp_problem
+    if "cuda" not in build_info():
+        return f"the extension was built without CUDA kernels: {build_info()['no_cuda']}"
+    if torch.version.cuda is None:
+        return "this PyTorch was built without CUDA"
+    return _gpu_problem()
+
+
+def _gpu_problem() -> str | None:
+    if not torch.cuda.is_available():
+        return "no GPU was found"
+    if torch.version.hip is None and torch.cuda.get_device_capability() < LEAST_CAPABILITY:
+        return "the GPU is older than compute capability 8.0"
+    return None
 
 
 def build_info() -> dict[str, str]:
@@ -35,6 +70,7 @@ def build_info() -> dict[str, str]:
     return {} if _C is None else _C.build_info()
 
 
+@torch.compiler.assume_constant_result  # what can run here does not change
 def resolve(name: str, device: torch.device) -> str:
     """The backend that will run: ``name`` itself, or for "auto" the fastest for ``device``.
 
@@ -48,6 +84,8 @@ def resolve(name: str, device: torch.device) -> str:
         raise ValueError(f"backend must be auto, {', '.join(problems)}: got {name!r}.")
     if (reason := problems[name]) is not None:
         raise RuntimeError(f"backend {name!r} cannot be used: {reason}.")
-    if name == "cpp" and device.type != "cpu":
-        raise RuntimeError(f"backend 'cpp' runs on the CPU only: the tensors are on {device}.")
+    wanted = DEVICES.get(name, device.type)
+    if device.type != wanted and not (wanted == "cuda" and interpreted()):
+        kind = {"cpu": "the CPU", "cuda": "a GPU"}[wanted]
+        raise RuntimeError(f"backend {name!r} runs on {kind} only: the tensors are on {device}.")
     return name

@@ -5,7 +5,8 @@ temperature. Losses are in nats and float32, whatever the dtype of the inputs. T
 that all of them share, with their defaults, are the fields of ``LossOptions``.
 
 All raise ValueError or TypeError for shapes, dtypes, devices or numbers that do not fit and for a
-head that requires grad, IndexError for a label outside the vocabulary. Under autocast the hidden
+head that requires grad, IndexError for a label outside the vocabulary; the kernels of a GPU cannot
+raise without waiting for it, and make the loss of such a token NaN. Under autocast the hidden
 states are cast to the head's dtype. There is no second derivative and no forward-mode derivative.
 """
 

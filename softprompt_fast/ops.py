@@ -8,14 +8,39 @@ vendor's product.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from . import checks, chunked, cpp
+from . import checks, chunked, cpp, gpu, streaming
 from .logit_transform import LogitTransform
 from .problem import Problem
 
-ENGINES = {"torch": chunked.token_loss, "cpp": cpp.token_loss}
+Engine = Callable[[Problem], tuple[Tensor, Tensor]]
+
+
+def _over_kept_tokens(engine: Engine) -> Engine:
+    """Ignored tokens cost nothing; which they are has to be known on the host."""
+
+    def token_loss(problem: Problem) -> tuple[Tensor, Tensor]:
+        keep = problem.keep
+        if keep is None or keep.all():
+            return engine(problem._replace(keep=None))
+        loss, dhidden = engine(problem.kept_tokens())
+        return _scatter(loss, keep), _scatter(dhidden, keep) if problem.with_grad else dhidden
+
+    return token_loss
+
+
+# The engines of a GPU leave ignored tokens to their kernels and never wait for the device.
+ENGINES: dict[str, Engine] = {
+    "torch": _over_kept_tokens(chunked.token_loss),
+    "cpp": _over_kept_tokens(cpp.token_loss),
+    "triton": gpu.triton_token_loss,
+    "cuda": gpu.cuda_token_loss,
+    "streaming": streaming.token_loss,
+}
 
 
 @torch.library.custom_op("softprompt_fast::token_loss", mutates_args=())
@@ -42,10 +67,11 @@ def token_loss(
 
     dhidden is rounded to the inputs' dtype once, in backward: fp16 would lose small gradients
     before a loss scale can lift them, and bf16 would round them twice.
-    targets and keep: T entries in any shape. ``backend`` is a resolved name, never "auto". See
-    ``Problem`` for the rest.
+    targets and keep: T entries in any shape. A target outside the vocabulary is an IndexError;
+    the kernels of a GPU cannot raise, and make its row NaN. ``backend`` is a resolved name, never
+    "auto". See ``Problem`` for the rest.
     """
-    if targets is not None:
+    if targets is not None and (backend == "torch" or targets.is_cpu):
         ignored = None if keep is None else ~keep
         checks.labels_in_range(targets, ignored, weight.shape[0])
     # a term without weight costs nothing, and may be infinite
@@ -58,6 +84,7 @@ def token_loss(
         weight,
         bias,
         None if targets is None else targets.flatten().long(),
+        None if keep is None else keep.flatten(),
         label_smoothing,
         teacher,
         teacher_weight,
@@ -68,13 +95,9 @@ def token_loss(
         with_grad,
         workspace_mib,
     )
-    keep = None if keep is None or keep.all() else keep.flatten()
     # what the caller wants in a lower precision has been cast already; these products stay fp32
-    with torch.autocast(hidden.device.type, enabled=False):
-        loss, dhidden = ENGINES[backend](problem if keep is None else problem.tokens(keep))
-    if keep is None:
-        return loss, dhidden
-    return _scatter(loss, keep), _scatter(dhidden, keep) if with_grad else dhidden
+    with torch.autocast(hidden.device.type, enabled=False), torch.cuda.device_of(hidden):
+        return ENGINES[backend](problem)
 
 
 @token_loss.register_fake
@@ -90,7 +113,8 @@ def _(hidden, *others):
 @torch.library.custom_op("softprompt_fast::token_loss_backward", mutates_args=())
 def token_loss_backward(grad_loss: Tensor, dhidden: Tensor, hidden: Tensor) -> Tensor:
     """dhidden scaled by the upstream gradient of each token. ``hidden`` only carries the graph."""
-    return (dhidden * grad_loss.unsqueeze(-1)).to(hidden.dtype)
+    out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+    return torch.mul(dhidden, grad_loss.unsqueeze(-1), out=out)
 
 
 @token_loss_backward.register_fake

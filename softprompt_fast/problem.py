@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,7 +21,8 @@ class Problem(NamedTuple):
     hidden: Tensor  # [T, D]
     weight: Tensor  # [V, D]
     bias: Tensor | None  # [V]
-    targets: Tensor | None  # [T] int64, in range
+    targets: Tensor | None  # [T] int64, in range where keep is True
+    keep: Tensor | None  # [T] bool, the tokens that count; None: all
     label_smoothing: float
     teacher: Tensor | None  # [T, D_t]
     teacher_weight: Tensor | None  # [V, D_t]
@@ -41,21 +43,33 @@ class Problem(NamedTuple):
             return [student, (self.teacher, self.weight, self.bias)]
         return [student, (self.teacher, self.teacher_weight, self.teacher_bias)]
 
-    def tokens(self, keep: Tensor) -> Problem:
-        """The same problem over some of its tokens only."""
-        return self._replace(
-            hidden=self.hidden[keep],
-            targets=None if self.targets is None else self.targets[keep],
-            teacher=None if self.teacher is None else self.teacher[keep],
-        )
+    def kept_tokens(self) -> Problem:
+        """The same problem over the tokens that count."""
+        return self.per_token(lambda value: value[self.keep])._replace(keep=None)
+
+    def slice(self, start: int, stop: int) -> Problem:
+        """The tokens from start on, up to stop or to the end."""
+        return self.per_token(lambda value: value[start:stop])
+
+    def contiguous(self) -> Problem:
+        """With every tensor dense and row-major."""
+        tensors = {n: v for n, v in self._asdict().items() if isinstance(v, Tensor)}
+        return self._changed(tensors, Tensor.contiguous)
 
     def padded_to_multiple(self, multiple: int) -> Problem:
         """With tokens of zeros at the end."""
         more = -len(self.hidden) % multiple
         if not more:
             return self
-        return self._replace(
-            hidden=F.pad(self.hidden, (0, 0, 0, more)),
-            targets=None if self.targets is None else F.pad(self.targets, (0, more)),
-            teacher=None if self.teacher is None else F.pad(self.teacher, (0, 0, 0, more)),
-        )
+        return self.per_token(lambda value: F.pad(value, (0, 0) * (value.dim() - 1) + (0, more)))
+
+    def per_token(self, change: Callable[[Tensor], Tensor]) -> Problem:
+        """With ``change`` applied to whatever has an entry per token."""
+        names = ("hidden", "targets", "keep", "teacher")
+        return self._changed({n: getattr(self, n) for n in names}, change)
+
+    def _changed(
+        self, tensors: Mapping[str, Tensor | None], change: Callable[[Tensor], Tensor]
+    ) -> Problem:
+        changed: Any = {n: change(v) for n, v in tensors.items() if v is not None}
+        return self._replace(**changed)

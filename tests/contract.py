@@ -16,17 +16,26 @@ Legend: T tokens, D hidden width, V vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 import softprompt_fast as spf
 
-BACKENDS = ("torch", "cpp")
+# Interpreted, the GPU's backends take tensors on the CPU.
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+BACKENDS = ("torch", "cpp", "triton", "streaming")
+INTERPRETED = ("triton", "streaming") if spf.backends.interpreted() else ()
+if DEVICE.type == "cuda":
+    BACKENDS += ("cuda",)
+# Those that take tensors on the CPU, here.
+CPU_BACKENDS = BACKENDS if DEVICE.type == "cpu" else ("torch", "cpp")
 LOSSES = ("linear_nll", "linear_kl", "linear_distill")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 IGNORED = -100
@@ -36,6 +45,7 @@ U_DTYPE = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 FP16_STEP = 2.0**-24  # between neighbouring numbers near zero
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
+each_cpu_backend = pytest.mark.parametrize("backend", CPU_BACKENDS)
 each_loss = pytest.mark.parametrize("loss", LOSSES)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 
@@ -67,22 +77,25 @@ class Case:
     def with_options(self, **options: Any) -> Case:
         return replace(self, options={**self.options, **options})
 
-    def to(self, dtype: torch.dtype) -> Case:
-        """The same numbers in a wider dtype."""
+    def change(self, function: Callable[[Tensor], Tensor]) -> Case:
+        """The same case with ``function`` applied to its tensors, but for the upstream gradient."""
 
-        def widen(value: Any) -> Any:
-            return (
-                value.to(dtype)
-                if isinstance(value, Tensor) and value.is_floating_point()
-                else value
-            )
+        def changed(value: Any) -> Any:
+            return function(value) if isinstance(value, Tensor) else value
 
         return replace(
             self,
-            hidden=widen(self.hidden),
-            tensors=tuple(map(widen, self.tensors)),
-            options={name: widen(value) for name, value in self.options.items()},
+            hidden=changed(self.hidden),
+            tensors=tuple(map(changed, self.tensors)),
+            options={name: changed(value) for name, value in self.options.items()},
         )
+
+    def to(self, dtype: torch.dtype) -> Case:
+        """The same numbers in a wider dtype."""
+        return self.change(lambda value: value.to(dtype) if value.is_floating_point() else value)
+
+    def on(self, device: torch.device) -> Case:
+        return self.change(lambda value: value.to(device))
 
     def double(self) -> Case:
         return self.to(torch.float64)
@@ -195,9 +208,27 @@ def cases(draw: st.DrawFn, loss: str, **fixed: Any) -> Case:
     return make_case(loss, **{**options, **fixed})
 
 
+def effort(backend: str, count: int) -> int:
+    """How many of ``count`` problems to solve: Triton's interpreter needs 0.1 s for a small one."""
+    return max(1, count // 5) if backend in INTERPRETED else count
+
+
+def hold(backend: str, problems: st.SearchStrategy[Case], **options: Any) -> None:
+    """Random problems hold the contract; the same ones in every run."""
+
+    @settings(max_examples=effort(backend, 40), deadline=None, derandomize=True, database=None)
+    @given(case=problems)
+    def law(case: Case) -> None:
+        check(case, *run(case, backend=backend, **options))
+
+    law()
+
+
 def run(case: Case, **options: Any) -> tuple[Tensor, Tensor]:
     """(loss, gradient by hidden) of the library.    options: backend and others for this call"""
-    return _loss_and_gradient(spf, case.with_options(**options))
+    device = torch.device("cpu") if options.get("backend") == "cpp" else DEVICE
+    results = _loss_and_gradient(spf, case.with_options(**options).on(device))
+    return tuple(value.cpu() for value in results)
 
 
 def oracle(case: Case) -> tuple[Tensor, Tensor]:
@@ -209,7 +240,7 @@ def _loss_and_gradient(module: Any, case: Case) -> tuple[Tensor, Tensor]:
     hidden = case.hidden.detach().requires_grad_()
     loss = getattr(module, case.loss)(hidden, *case.tensors, **case.options)
     upstream = torch.ones(()) if case.upstream is None else case.upstream
-    (gradient,) = torch.autograd.grad(loss, hidden, upstream.to(loss.dtype).expand_as(loss))
+    (gradient,) = torch.autograd.grad(loss, hidden, upstream.to(loss).expand_as(loss))
     return loss.detach(), gradient
 
 

@@ -17,12 +17,30 @@ def test_both_cpu_backends_are_usable():
     assert available["cpp"] is None, "the compiled extension is part of what is tested"
 
 
-def test_every_other_backend_says_why_not():
+def test_every_other_backend_says_why_not(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     available = backends.available()
-    assert list(available) == ["torch", "cpp", "triton", "cuda"]
-    for name in ("triton", "cuda"):
-        assert isinstance(available[name], str)
-        assert available[name]
+    assert list(available) == ["torch", "cpp", "triton", "cuda", "streaming"]
+    if not torch.cuda.is_available():
+        assert available["triton"] == available["streaming"] == "no GPU was found"
+        assert "built without CUDA kernels: " in available["cuda"]
+
+
+def test_interpreted_kernels_take_tensors_on_the_cpu_where_they_are_asked_for(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert backends.available()["triton"] is None
+    assert backends.resolve("triton", CPU) == "triton"
+    assert backends.resolve("streaming", CPU) == "streaming"
+    assert backends.resolve("auto", CPU) == "cpp"
+
+
+def test_without_triton_a_gpu_takes_the_cuda_kernels(monkeypatch):
+    missing = "Triton is not installed"
+    reasons = {"torch": None, "cpp": None, "triton": missing, "cuda": None, "streaming": missing}
+    monkeypatch.setattr(backends, "available", lambda: reasons)
+    assert backends.resolve("auto", CUDA) == "cuda"
+    reasons["cuda"] = "the extension was built without CUDA kernels"
+    assert backends.resolve("auto", CUDA) == "torch"
 
 
 def test_build_info_describes_the_extension():
@@ -31,9 +49,10 @@ def test_build_info_describes_the_extension():
     assert all(isinstance(value, str) and value for value in info.values())
 
 
-def test_auto_takes_the_fastest_for_the_device():
+def test_auto_takes_the_fastest_for_the_device(monkeypatch):
     assert backends.resolve("auto", CPU) == "cpp"
-    assert backends.resolve("auto", CUDA) == "torch"
+    monkeypatch.setattr(backends, "_gpu_problem", lambda: None)
+    assert backends.resolve("auto", CUDA) == "triton"
     assert backends.resolve("auto", torch.device("meta")) == "torch"
 
 
@@ -50,15 +69,20 @@ def test_without_the_extension_auto_falls_back_and_a_named_cpp_does_not(monkeypa
         backends.resolve("cpp", CPU)
 
 
-def test_a_backend_that_cannot_run_is_refused_with_the_reason():
-    with pytest.raises(RuntimeError, match=r"'triton' cannot be used: .*version"):
+def test_a_backend_that_cannot_run_is_refused_with_the_reason(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(backends, "_gpu_problem", lambda: "no GPU was found")
+    with pytest.raises(RuntimeError, match="'triton' cannot be used: no GPU was found"):
         backends.resolve("triton", CPU)
+    monkeypatch.setattr(backends, "_gpu_problem", lambda: None)
+    with pytest.raises(RuntimeError, match="'streaming' runs on a GPU only: the tensors are on c"):
+        backends.resolve("streaming", CPU)
     with pytest.raises(RuntimeError, match="'cpp' runs on the CPU only: the tensors are on cuda"):
         backends.resolve("cpp", CUDA)
 
 
 def test_an_unknown_backend_lists_the_valid_ones():
-    with pytest.raises(ValueError, match="auto, torch, cpp, triton, cuda: got 'fast'"):
+    with pytest.raises(ValueError, match="auto, torch, cpp, triton, cuda, streaming: got 'fast'"):
         backends.resolve("fast", CPU)
     hidden, weight = torch.zeros(2, 3), torch.zeros(5, 3)
     with pytest.raises(ValueError, match=r"backend must be auto, torch.*got 'fast'"):

@@ -12,7 +12,7 @@ from contract import (
     LOSSES,
     Case,
     check,
-    each_backend,
+    each_cpu_backend,
     each_dtype,
     each_loss,
     make_case,
@@ -45,7 +45,7 @@ def replaced(case: Case, position: int, value) -> Case:
 # --- labels ---
 
 
-@each_backend
+@each_cpu_backend
 @pytest.mark.parametrize("loss", ["linear_nll", "linear_distill"])
 @pytest.mark.parametrize("label", [131, 10**12, -1, -101])
 def test_a_label_outside_the_vocabulary_is_named(backend, loss, label):
@@ -64,7 +64,7 @@ def test_the_position_of_a_label_is_the_callers():
     refuses(IndexError, r"target at \[1, 2\] is 131", case)
 
 
-@each_backend
+@each_cpu_backend
 def test_ignore_index_may_lie_in_the_vocabulary(backend):
     case = make_case("linear_nll", ignore_index=3)
     case.targets[[0, 5]] = 3
@@ -74,7 +74,7 @@ def test_ignore_index_may_lie_in_the_vocabulary(backend):
     check(case, *run(case, backend=backend))
 
 
-@each_backend
+@each_cpu_backend
 @each_loss
 def test_int32_labels_are_fine(backend, loss):
     case = make_case(loss, ignored=0.3)
@@ -113,7 +113,7 @@ def test_token_weights_are_constant_floats():
     )
 
 
-@each_backend
+@each_cpu_backend
 @each_loss
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_the_weight_of_an_ignored_token_is_not_looked_at(backend, loss, value):
@@ -128,7 +128,7 @@ def test_the_weight_of_an_ignored_token_is_not_looked_at(backend, loss, value):
             assert torch.equal(one, other)
 
 
-@each_backend
+@each_cpu_backend
 def test_weights_that_cancel_are_not_weights_of_nothing(backend):
     """The mean is PyTorch's, the sum divided by 0; it is not the sum."""
     case = make_case("linear_nll", shape=(2,))
@@ -136,7 +136,7 @@ def test_weights_that_cancel_are_not_weights_of_nothing(backend):
     assert call(case, backend=backend, token_weight=torch.zeros(2)) == 0
 
 
-@each_backend
+@each_cpu_backend
 @pytest.mark.parametrize("alpha", [0, 1])
 def test_a_term_without_weight_may_be_infinite(backend, alpha):
     """0 * inf would be NaN."""
@@ -155,7 +155,7 @@ def test_a_term_without_weight_may_be_infinite(backend, alpha):
 # --- shapes and dtypes ---
 
 
-@each_backend
+@each_cpu_backend
 @each_loss
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("shape", [(0,), (2, 0)], ids=str)
@@ -349,7 +349,7 @@ def test_none_is_no_alpha():
     refuses(TypeError, text, make_case("linear_distill"), alpha=None)
 
 
-@each_backend
+@each_cpu_backend
 def test_numpy_numbers_are_numbers(backend):
     case = make_case("linear_distill", ignored=0.3)
     expected = call(case, backend=backend, temperature=1.5, logit_scale=0.5, alpha=1, beta=0.0)
@@ -387,7 +387,7 @@ def test_a_head_that_trains_is_refused(loss):
     refuses(ValueError, f"weight {text}", case)
 
 
-@each_backend
+@each_cpu_backend
 @each_loss
 @each_dtype
 def test_inputs_are_never_mutated_and_the_head_gets_no_gradient(backend, loss, dtype):
@@ -405,7 +405,7 @@ def test_inputs_are_never_mutated_and_the_head_gets_no_gradient(backend, loss, d
     assert all(value.grad is None for value in tensors[1:])
 
 
-@each_backend
+@each_cpu_backend
 @each_loss
 def test_the_graph_may_be_used_twice(backend, loss):
     case = make_case(loss)
@@ -418,7 +418,7 @@ def test_the_graph_may_be_used_twice(backend, loss):
     assert once.abs().sum() > 0
 
 
-@each_backend
+@each_cpu_backend
 @each_loss
 def test_a_non_uniform_upstream_gradient_is_each_tokens_own(backend, loss):
     case = make_case(loss, reduction="none")
@@ -430,7 +430,7 @@ def test_a_non_uniform_upstream_gradient_is_each_tokens_own(backend, loss):
     assert torch.equal(gradient, uniform * upstream[:, None])
 
 
-@each_backend
+@each_cpu_backend
 @each_loss
 def test_accumulation_by_the_global_token_count(backend, loss):
     """Micro-batches summed and divided by all tokens that count are the one big batch."""
@@ -446,7 +446,7 @@ def test_accumulation_by_the_global_token_count(backend, loss):
     torch.testing.assert_close(torch.cat(parts), expected)
 
 
-@each_backend
+@each_cpu_backend
 @each_loss
 def test_a_second_derivative_is_refused(backend, loss):
     case = make_case(loss)
@@ -456,7 +456,7 @@ def test_a_second_derivative_is_refused(backend, loss):
         torch.autograd.grad(gradient.sum(), hidden)
 
 
-@each_backend
+@each_cpu_backend
 @each_loss
 @pytest.mark.parametrize(
     "mix",
@@ -478,7 +478,7 @@ def test_a_second_derivative_through_another_loss_is_refused(backend, loss, mix)
         (total + gradient.square().sum()).backward()
 
 
-@each_backend
+@each_cpu_backend
 @each_loss
 def test_a_forward_mode_derivative_is_refused(backend, loss):
     """The op has none, and PyTorch would take it for 0."""
@@ -504,7 +504,7 @@ def test_a_forward_mode_derivative_is_refused(backend, loss):
                 refuses(RuntimeError, text.format(name), other, backend=backend)
 
 
-@each_backend
+@each_cpu_backend
 def test_a_tangent_of_the_upstream_gradient_is_refused(backend):
     case = make_case("linear_nll")
     case.hidden.requires_grad_()
@@ -528,7 +528,7 @@ class OpOutputs(TorchDispatchMode):
         return output
 
 
-@each_backend
+@each_cpu_backend
 @each_loss
 def test_without_grad_there_is_no_gradient_work(backend, loss):
     case = make_case(loss)
@@ -549,7 +549,7 @@ def test_without_grad_there_is_no_gradient_work(backend, loss):
         assert torch.equal(value, trained)
 
 
-@each_backend
+@each_cpu_backend
 @each_loss
 def test_autocast_casts_the_hidden_states(backend, loss):
     own = None if loss == "linear_nll" else 33
@@ -571,7 +571,7 @@ def test_autocast_casts_the_hidden_states(backend, loss):
     assert torch.equal(gradient, expected_gradient.float())
 
 
-@each_backend
+@each_cpu_backend
 @each_loss
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_activation_checkpointing(backend, loss, use_reentrant):

@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 from contract import (
+    CPU_BACKENDS,
     DTYPES,
     IGNORED,
     LOSSES,
@@ -17,40 +18,33 @@ from contract import (
     each_backend,
     each_dtype,
     each_loss,
+    effort,
+    hold,
     loss_bound,
     make_case,
     oracle,
     run,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import softprompt_fast as spf
 
 each_beta = pytest.mark.parametrize("beta", [0.0, 0.3, 1.0], ids="beta{}".format)
-random_problems = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 
 
 @each_backend
-@random_problems
-@given(case=cases("linear_nll"))
-def test_nll(backend, case):
-    check(case, *run(case, backend=backend))
+def test_nll(backend):
+    hold(backend, cases("linear_nll"))
 
 
 @each_backend
-@random_problems
-@given(case=cases("linear_kl"))
-def test_kl(backend, case):
-    check(case, *run(case, backend=backend))
+def test_kl(backend):
+    hold(backend, cases("linear_kl"))
 
 
 @each_backend
-@random_problems
-@given(case=cases("linear_distill"))
-def test_distill(backend, case):
-    check(case, *run(case, backend=backend))
+def test_distill(backend):
+    hold(backend, cases("linear_distill"))
 
 
 @each_backend
@@ -115,7 +109,9 @@ def test_an_alpha_that_is_close_to_1(backend):
 @each_dtype
 def test_a_narrow_head_over_a_long_vocabulary(backend, dtype):
     """The product back has a quarter of a million terms."""
-    case = make_case("linear_nll", width=4, vocabulary=2**18, dtype=dtype, bias=True)
+    case = make_case(
+        "linear_nll", width=4, vocabulary=effort(backend, 2**18), dtype=dtype, bias=True
+    )
     check(case, *run(case, backend=backend))
 
 
@@ -124,26 +120,30 @@ def test_a_narrow_head_over_a_long_vocabulary(backend, dtype):
 @pytest.mark.parametrize("spread", [4.0, 12.0], ids="spread{}".format)
 def test_saturated_softcap(backend, loss, spread):
     """The slope of the cap is 1 - tanh^2: close to 0 where logits are several caps wide."""
-    for seed in range(6):
+    for seed in range(effort(backend, 6)):
         case = make_case(loss, shape=(1,), seed=seed, spread=spread, softcap=6.0)
         check(case, *run(case, backend=backend))
 
 
 @each_backend
-@random_problems
-@given(seed=st.integers(0, 2**32 - 1), gap=st.sampled_from([5.0, 15.0, 30.0, 60.0]))
-def test_confident_tokens_keep_their_gradient(backend, seed, gap):
+@pytest.mark.parametrize("gap", [5.0, 15.0, 30.0, 60.0], ids="gap{}".format)
+def test_confident_tokens_keep_their_gradient(backend, gap):
     """1 - q of the target shrinks to 1e-26 here: the relative bound still holds."""
-    case = make_case("linear_nll", shape=(1,), seed=seed, bias=True)
-    case.options["bias"][case.targets] += gap
-    check(case, *run(case, backend=backend))
+    for seed in range(effort(backend, 10)):
+        case = make_case("linear_nll", shape=(1,), seed=seed, bias=True)
+        case.options["bias"][case.targets] += gap
+        check(case, *run(case, backend=backend))
 
 
-@each_backend
+@pytest.mark.parametrize("backend", [name for name in CPU_BACKENDS if name != "streaming"])
 @each_loss
 @each_dtype
 def test_a_gradient_is_rounded_to_the_dtype_of_the_inputs_once(backend, loss, dtype):
-    """After the upstream gradient is applied: twice would exceed what the dtype costs anyway."""
+    """After the upstream gradient is applied: twice would exceed what the dtype costs anyway.
+
+    The head is narrow: over a wide one a GPU multiplies 16-bit gradients by the logits. Streaming
+    sums in tiles of another size for another dtype.
+    """
     case = make_case(loss, dtype=dtype, reduction="none")
     token_loss, gradient = run(case, backend=backend)
     wide_loss, wide_gradient = run(case.to(torch.float32), backend=backend)
@@ -287,7 +287,7 @@ def test_a_student_that_rules_out_the_teachers_choice(backend, beta):
 )
 def test_a_confident_student_keeps_its_gradient(backend, beta, teacher):
     """One entry has nearly all of q: what is left of the others must not be lost beside it."""
-    for seed in range(60):
+    for seed in range(effort(backend, 60)):
         case = make_case(
             "linear_kl", seed=seed, beta=beta, shape=(1,), vocabulary=515, spread=12.0, **teacher
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from contract import Case, each_backend, each_loss, make_case, run
+from contract import Case, each_cpu_backend, each_loss, make_case, run
 from torch.library import opcheck
 
 import softprompt_fast as spf
@@ -51,7 +51,7 @@ def op_arguments(case: Case, backend: str, with_grad: bool) -> tuple:
     )
 
 
-@each_backend
+@each_cpu_backend
 @pytest.mark.parametrize("with_grad", [True, False], ids=["grad", "no grad"])
 @pytest.mark.parametrize("name", ARGUMENT_SETS)
 def test_opcheck_token_loss(backend, name, with_grad):
@@ -118,7 +118,7 @@ def assert_equal(actual, expected):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
 
 
-@each_backend
+@each_cpu_backend
 @each_loss
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_compiled_equals_eager(backend, loss, reduction):
@@ -126,13 +126,13 @@ def test_compiled_equals_eager(backend, loss, reduction):
     assert_equal(compiled(case, backend, "aot_eager"), run(case, backend=backend))
 
 
-@each_backend
+@each_cpu_backend
 def test_inductor_equals_eager(backend):
     case = make_case("linear_distill", shape=(2, 7), ignored=0.3, beta=0.3)
     assert_equal(compiled(case, backend, "inductor"), run(case, backend=backend))
 
 
-@each_backend
+@each_cpu_backend
 @each_loss
 def test_one_graph_for_every_number_of_tokens(backend, loss):
     torch._dynamo.reset()
@@ -149,7 +149,7 @@ def test_one_graph_for_every_number_of_tokens(backend, loss):
         assert_equal((value.detach(), gradient), run(case, backend=backend))
 
 
-@each_backend
+@each_cpu_backend
 def test_numbers_may_change_between_calls_of_a_compiled_loss(backend):
     """A schedule of the temperature; the compiler turns a number that changes into a symbol."""
     torch._dynamo.reset()

@@ -1,0 +1,239 @@
+"""The engine of the streaming backend: Triton kernels that compute logits wherever they need them.
+
+Memory is a few numbers per token and a strip of the gradient by the logits, never a row of them;
+``kernels/streaming.py`` has the sweeps. It reads the head more often than the engine of whole rows
+(``gpu.py``), and takes over from it where the workspace is too small for that.
+
+Legend: T tokens, R of them at a time, D hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .problem import Problem
+from .products import gradient_dtype
+
+# Terms that are summed before they are added to dh; strips are multiples of it.
+SUM = 2048
+# A strip this wide fills the chip whatever R is.
+WIDEST_STRIP = 16 * SUM
+LEAST_ROWS = 8
+# fp32 numbers that a row's statistics take in every part of the vocabulary: two streams and a peak.
+NUMBERS_PER_PART = 7
+
+
+class Plan(NamedTuple):
+    """How the workspace is spent."""
+
+    rows: int  # R
+    strip: int  # columns of dz
+
+
+def token_loss(problem: Problem) -> tuple[Tensor, Tensor]:
+    """loss [T] fp32, dhidden [T, D] fp32 (empty without gradient)."""
+    problem = problem.contiguous()
+    tokens, width = problem.hidden.shape
+    empty = problem.hidden.new_empty
+    loss = empty(tokens, dtype=torch.float32)
+    dhidden = empty((tokens if problem.with_grad else 0, width), dtype=torch.float32)
+    plan = plan_workspace(problem)
+    for start in range(0, tokens, plan.rows):
+        rows = slice(start, start + plan.rows)
+        sweeps = Sweeps(problem.slice(start, start + plan.rows))
+        sweeps.softmax()
+        sweeps.loss_(loss[rows])
+        if problem.with_grad:
+            sweeps.gradient_(dhidden[rows], plan.strip)
+    return loss, dhidden
+
+
+def plan_workspace(problem: Problem) -> Plan:
+    """All rows with the widest strip that fits, else the narrowest strip and fewer rows."""
+    from .kernels import streaming as kernels
+
+    numbers = NUMBERS_PER_PART * kernels.PARTS.value + kernels.STATISTICS + 1
+    column_bytes = gradient_dtype(problem.weight).itemsize if problem.with_grad else 0
+    budget = problem.workspace_mib * 2**20
+    row_bytes = 4 * numbers + SUM * column_bytes
+    checks.workspace(LEAST_ROWS * row_bytes, problem.workspace_mib, f"a chunk of {LEAST_ROWS} rows")
+    rows = max(1, min(int(budget / row_bytes), len(problem.hidden)))
+    if not problem.with_grad:
+        return Plan(rows, 0)
+    widest = min(WIDEST_STRIP, -(-len(problem.weight) // SUM) * SUM)
+    strip = int((budget / rows - 4 * numbers) / column_bytes) // SUM * SUM
+    return Plan(rows, min(strip, widest))
+
+
+class Sweeps:
+    """The sweeps over the head for R tokens, and what they leave behind."""
+
+    def __init__(self, problem: Problem):
+        from .kernels import formulas, streaming
+
+        self.kernels = streaming
+        self.problem = problem
+        self.T, self.V = len(problem.hidden), len(problem.weight)
+        self.scale, self.cap, self.slope = formulas.transform_numbers(*problem.transform)
+        self.label_smoothing = problem.label_smoothing or None
+        self.mixture = formulas.mixture_numbers(problem.beta)
+        self.divergence = formulas.divergence_of(problem.beta)
+        dtype = problem.weight.dtype
+        self.tiles = streaming.tiles(dtype)
+        self.divergence_tiles = streaming.tiles(dtype, self.divergence)
+        self.dz_dtype = gradient_dtype(problem.weight)
+        self.product_tiles = streaming.product_tiles(self.dz_dtype)
+        parts, columns = streaming.PARTS.value, self.tiles["COLUMNS"]
+        self.part_length = -(-self.V // (parts * columns)) * columns
+        self.statistics = self._numbers(streaming.STATISTICS)
+
+    def softmax(self) -> None:
+        """The softmax of every stream, and the student's peak: a sweep for each."""
+        p = self.problem
+        student, teacher = p.heads[0], p.heads[1] if p.teacher is not None else (None, None, None)
+        part = self._parts
+        parts: dict[str, Tensor | None] = {"tops": part(), "totals": part()}
+        parts["others"] = None if p.targets is None else part()
+        parts["sums_z"] = None if self.label_smoothing is None else part()
+        parts["peaks"] = None if p.teacher is None else part(torch.int32)
+        parts["z_targets"] = None if p.targets is None else self._numbers()
+        self._softmax_of(student, p.targets, parts)
+        parts_p = dict.fromkeys(parts)
+        if p.teacher is not None:
+            parts_p.update(tops=part(), totals=part())
+            self._softmax_of(teacher, None, parts_p)
+        self.kernels.finish_kernel[(self.T,)](
+            self.statistics,
+            *parts.values(),
+            p.targets,
+            parts_p["tops"],
+            parts_p["totals"],
+            *teacher,
+            self.T,
+            self.V,
+            0 if p.teacher is None else p.teacher.shape[1],
+            self.label_smoothing,
+            self.scale,
+            self.cap,
+            DEPTH=self.kernels.DEPTH_OF_ROW,
+            **self.kernels.ROW_OPTIONS,
+        )
+
+    def _softmax_of(self, head: Any, targets: Tensor | None, parts: dict[str, Any]) -> None:
+        hidden, weight, bias = head
+        self.kernels.statistics_kernel[self._parts_grid(self.tiles)](
+            hidden,
+            weight,
+            bias,
+            targets,
+            *parts.values(),
+            self.T,
+            self.V,
+            hidden.shape[1],
+            self.part_length,
+            self.scale,
+            self.cap,
+            **self.tiles,
+        )
+
+    def loss_(self, loss: Tensor) -> None:
+        """The loss, and the sums that the gradient needs: another sweep for a divergence."""
+        p = self.problem
+        sums: list[Tensor | None] = [None, None, None]
+        if p.teacher is not None:
+            sums = [self._parts() for _ in range(3)]
+            tiles = self.divergence_tiles
+            self.kernels.measure_kernel[self._parts_grid(tiles)](
+                *p.heads[0],
+                *p.heads[1],
+                self.statistics,
+                *sums,
+                self.T,
+                self.V,
+                p.hidden.shape[1],
+                p.teacher.shape[1],
+                self.part_length,
+                *self.mixture,
+                self.scale,
+                self.cap,
+                divergence=self.divergence,
+                **tiles,
+            )
+        self.kernels.finish_sums_kernel[(self.T,)](
+            self.statistics,
+            *sums,
+            p.targets,
+            p.keep,
+            loss,
+            self.T,
+            self.label_smoothing,
+            p.alpha,
+            1 - p.alpha,
+            self.slope,
+            SCALED=self.dz_dtype == torch.float16,
+            **self.kernels.ROW_OPTIONS,
+        )
+
+    def gradient_(self, dhidden: Tensor, strip: int) -> None:
+        """dh, from one strip of dz after another."""
+        p = self.problem
+        width, tiles = p.hidden.shape[1], self.divergence_tiles
+        teacher = (None, None, None) if p.teacher is None else p.heads[1]
+        dz = p.hidden.new_empty(self.T, strip, dtype=self.dz_dtype)
+        for first in range(0, self.V, strip):
+            columns = min(strip, self.V - first)
+            self.kernels.gradient_kernel[self._grid(tiles, columns)](
+                *p.heads[0],
+                *teacher,
+                self.statistics,
+                p.targets,
+                p.keep,
+                dz,
+                first,
+                strip,
+                self.T,
+                self.V,
+                width,
+                0 if p.teacher is None else p.teacher.shape[1],
+                self.label_smoothing,
+                *self.mixture,
+                p.alpha,
+                1 - p.alpha,
+                self.scale,
+                self.cap,
+                self.slope,
+                divergence=self.divergence,
+                **tiles,
+            )
+            product = self.product_tiles
+            self.kernels.accumulate_kernel[self._grid(product, width)](
+                dz,
+                p.weight,
+                self.statistics,
+                dhidden,
+                first,
+                strip,
+                int(first + strip >= self.V),
+                self.T,
+                self.V,
+                width,
+                SUM=SUM,
+                **product,
+            )
+
+    def _grid(self, tiles: dict[str, Any], columns: int) -> tuple[int, int]:
+        """Neighbouring programs share columns of the head."""
+        return -(-self.T // tiles["ROWS"]), -(-columns // tiles["COLUMNS"])
+
+    def _parts_grid(self, tiles: dict[str, Any]) -> tuple[int, int]:
+        return -(-self.T // tiles["ROWS"]), self.kernels.PARTS.value
+
+    def _numbers(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self.problem.hidden.new_empty(*shape, self.T, dtype=dtype)
+
+    def _parts(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self._numbers(self.kernels.PARTS.value, dtype=dtype)
