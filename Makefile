@@ -1,6 +1,7 @@
 # make demo   train and judge a soft prompt on a real model, from nothing
 # make test   all tests          make check   what CI runs
 # make bench  time the losses against bare matrix products
+# make gpu    on a machine with a GPU, whose python3 has PyTorch: build, test, sanitize and time
 # make docs   write the figures of the documentation from the last bench and demo
 VENV   ?= .venv
 PYTHON ?= python3
@@ -12,11 +13,11 @@ MODEL  := models/smollm2-135m-instruct
 RUN    := runs/handbook
 QUESTION := Can I wear sandals in the workshop?
 
-SOURCES := $(shell find csrc kernels softprompt_fast -name '*.py' -o -name '*.cpp' -o -name '*.h') \
+SOURCES := $(shell find csrc kernels softprompt_fast -name '*.py' -o -name '*.cpp' -o -name '*.cu*' -o -name '*.h') \
            pyproject.toml setup.py
 
 .DELETE_ON_ERROR:
-.PHONY: demo test check lint format bench docs clean
+.PHONY: demo test check lint format bench gpu docs clean
 
 demo: $(MODEL)/config.json
 	@$(BIN)/softprompt-fast train --config examples/handbook.yaml --model $(MODEL) --output_dir $(RUN)
@@ -41,6 +42,10 @@ format: $(VENV)/dev
 
 bench: $(VENV)/dev
 	$(BIN)/pytest benchmarks
+
+# Downloads nothing. GPU_FLAGS: see benchmarks/gpu.py; --rehearse needs no GPU.
+gpu:
+	$(PYTHON) benchmarks/gpu.py $(GPU_FLAGS)
 
 # The figures of README.md and docs/: from the last bench and the last demo.
 docs: $(VENV)/dev

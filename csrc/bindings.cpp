@@ -138,6 +138,11 @@ PYBIND11_MODULE(_C, m) {
             {"compiler", __VERSION__},
             {"torch", SPF_TORCH_VERSION},
             {"instruction_set", softprompt_fast::engine().name},
+#ifdef SPF_CUDA
+            {"cuda", SPF_CUDA},  // the compiler and its targets
+#else
+            {"no_cuda", SPF_NO_CUDA},  // why not
+#endif
         };
       },
       "How the extension was compiled, and the instruction set it uses on this CPU.");
