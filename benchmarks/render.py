@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gpu_results
 import matplotlib
 
 matplotlib.use("Agg")
@@ -93,6 +94,18 @@ def machine_line() -> str:
     )
 
 
+def gpu_tables() -> str:
+    """What ``make gpu`` measured, a GPU after the other; nothing where it has not run."""
+    parts = []
+    for path in sorted(RESULTS.glob("*.json")):
+        results = read(path.name)
+        if results.get("kind") == "gpu" and results.get("rows"):
+            parts += [gpu_results.machine_line(results), gpu_results.loss_table(results["rows"])]
+            if results.get("row_kernels"):
+                parts.append(gpu_results.kernel_table(results["row_kernels"]))
+    return "\n\n".join(parts)
+
+
 def handbook_line() -> str:
     run, report = read("handbook_run.json"), read("handbook.json")
     return (
@@ -105,6 +118,7 @@ def handbook_line() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "faithfulness": faithfulness_table,
     "cpu": cpu_table,
+    "gpu": gpu_tables,
     "machine": machine_line,
     "handbook": handbook_line,
 }
