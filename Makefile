@@ -27,7 +27,7 @@ demo: $(MODEL)/config.json
 	@$(BIN)/softprompt-fast generate --prompt_dir $(RUN) "$(QUESTION)"
 
 test: $(VENV)/dev
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto
 
 check: lint test
 

@@ -23,12 +23,13 @@ from .formulas import (
     chain,
     finish,
     finite_top,
+    forward_kl,
     fp16_exponent,
-    jensen_shannon,
     log_likelihood,
     merge,
     nll_slope,
     power_of_two,
+    reverse_kl,
     smooth,
 )
 
@@ -449,15 +450,8 @@ def tiles(dtype, divergence=None):
 
     Matrix units take 16-bit numbers; the products of fp32 ones are written out.
     """
-    if dtype.itemsize == 4:
-        sizes = {"ROWS": 32, "COLUMNS": 32, "DEPTH": 32}
-    elif divergence is jensen_shannon:
-        sizes = {"ROWS": 64, "COLUMNS": 64, "DEPTH": 64}
-    else:
-        sizes = {"ROWS": 128, "COLUMNS": 64, "DEPTH": 64}
+    rows = columns = depth = 32 if dtype.itemsize == 4 else 64
+    if dtype.itemsize == 2 and divergence in (forward_kl, reverse_kl):
+        rows = 128
+    sizes = {"ROWS": rows, "COLUMNS": columns, "DEPTH": depth}
     return {**sizes, "num_warps": 8, "num_stages": 3, "enable_fp_fusion": False}
-
-
-def product_tiles(dtype):
-    """The same for ``accumulate_kernel``."""
-    return tiles(dtype) if dtype.itemsize == 4 else {**tiles(dtype), "ROWS": 64}

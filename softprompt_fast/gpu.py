@@ -46,6 +46,7 @@ def token_loss(problem: Problem, row_kernels: ModuleType) -> tuple[Tensor, Tenso
 
     row_kernels: a module with ``sparse_target_rows_`` and ``divergence_rows_``
     """
+    problem = problem.contiguous()
     tokens, width = problem.hidden.shape
     vocabulary = len(problem.weight)
     needed = ROW_MULTIPLE * _row_bytes(problem)

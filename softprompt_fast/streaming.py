@@ -86,7 +86,7 @@ class Sweeps:
         self.tiles = streaming.tiles(dtype)
         self.divergence_tiles = streaming.tiles(dtype, self.divergence)
         self.dz_dtype = gradient_dtype(problem.weight)
-        self.product_tiles = streaming.product_tiles(self.dz_dtype)
+        self.product_tiles = streaming.tiles(self.dz_dtype)
         parts, columns = streaming.PARTS.value, self.tiles["COLUMNS"]
         self.part_length = -(-self.V // (parts * columns)) * columns
         self.statistics = self._numbers(streaming.STATISTICS)

@@ -97,7 +97,7 @@ def test_rows_do_not_depend_on_the_workspace(backend, loss, dtype):
     """As long as a low-precision head is widened in one piece: 0.2 MiB here, an eighth of 2."""
     case = rows_case(loss, 1031, dtype, tokens=90)
     expected = run(case, backend=backend)
-    for workspace_mib in (2, 3.5, 7, 1024):
+    for workspace_mib in (2, 1024) if backend in INTERPRETED else (2, 3.5, 7, 1024):
         assert_bitwise(run(case, backend=backend, workspace_mib=workspace_mib), expected)
 
 
