@@ -210,7 +210,7 @@ def cases(draw: st.DrawFn, loss: str, **fixed: Any) -> Case:
 
 def effort(backend: str, count: int) -> int:
     """How many of ``count`` problems to solve: Triton's interpreter needs 0.1 s for a small one."""
-    return max(1, count // 5) if backend in INTERPRETED else count
+    return max(1, count // 8) if backend in INTERPRETED else count
 
 
 def hold(backend: str, problems: st.SearchStrategy[Case], **options: Any) -> None:

@@ -154,7 +154,8 @@ def test_rows_do_not_depend_on_the_ignored(backend, loss):
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf], ids=str)
 def test_a_poisoned_row_is_nan_and_alone(backend, loss, dtype, poison):
     streams = ["hidden"] if loss == "linear_nll" else ["hidden", "teacher"]
-    for stream, entries in itertools.product(streams, [slice(5, 6), slice(None)]):
+    places = [slice(5, 6)] if backend in INTERPRETED else [slice(5, 6), slice(None)]
+    for stream, entries in itertools.product(streams, places):
         case = rows_case(loss, 131, dtype, tokens=20)
         expected = run(case, backend=backend)
         getattr(case, stream)[11, entries] = poison
