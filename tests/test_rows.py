@@ -154,7 +154,9 @@ def test_rows_do_not_depend_on_the_ignored(backend, loss):
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf], ids=str)
 def test_a_poisoned_row_is_nan_and_alone(backend, loss, dtype, poison):
     streams = ["hidden"] if loss == "linear_nll" else ["hidden", "teacher"]
-    places = [slice(5, 6)] if backend in INTERPRETED else [slice(5, 6), slice(None)]
+    places = [slice(5, 6), slice(None)]
+    if backend in INTERPRETED:  # tests/test_gpu.py has the student's
+        streams, places = streams[-1:], places[:1]
     for stream, entries in itertools.product(streams, places):
         case = rows_case(loss, 131, dtype, tokens=20)
         expected = run(case, backend=backend)
