@@ -210,6 +210,9 @@ def _convert_gguf(gguf: Path, target: Path) -> None:
     """Reads a GGUF file with transformers and writes an ordinary model directory."""
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     tokenizer = AutoTokenizer.from_pretrained(**source)
+    # It ends a turn of the chat template: greedy answers stop there. transformers 5.17 reads
+    # another one from the file.
+    tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
     quantised = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
 
     # A model that came through a quantizer refuses save_pretrained: copy it into a plain one.
@@ -219,7 +222,6 @@ def _convert_gguf(gguf: Path, target: Path) -> None:
         plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     plain.load_state_dict(quantised.state_dict(), assign=True)
     plain.tie_weights()
-    # eos is <|im_end|>, which ends a turn of the chat template: greedy answers stop there.
     plain.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
