@@ -133,6 +133,20 @@ def test_a_narrow_head_over_a_long_vocabulary(backend, dtype):
 
 @each_backend
 @each_loss
+@pytest.mark.parametrize("temperature", [1.5, 0.1], ids="temperature{}".format)
+def test_every_option_over_a_long_vocabulary(backend, loss, temperature):
+    """Many tiles, parts and strips, whose statistics have to meet."""
+    options = {"bias": True, "softcap": 20.0, "temperature": temperature}
+    if loss != "linear_kl":
+        options["label_smoothing"] = 0.1
+    case = make_case(loss, width=72, vocabulary=4500, dtype=torch.float16, **options)
+    if loss != "linear_kl":
+        case.options["bias"][case.targets[::2]] += 20  # certain
+    check(case, *run(case, backend=backend))
+
+
+@each_backend
+@each_loss
 @pytest.mark.parametrize("spread", [4.0, 12.0], ids="spread{}".format)
 def test_saturated_softcap(backend, loss, spread):
     """The slope of the cap is 1 - tanh^2: close to 0 where logits are several caps wide."""
