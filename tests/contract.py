@@ -15,8 +15,9 @@ Legend: T tokens, D hidden width, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -227,8 +228,20 @@ def hold(backend: str, problems: st.SearchStrategy[Case], **options: Any) -> Non
 def run(case: Case, **options: Any) -> tuple[Tensor, Tensor]:
     """(loss, gradient by hidden) of the library.    options: backend and others for this call"""
     device = torch.device("cpu") if options.get("backend") == "cpp" else DEVICE
-    results = _loss_and_gradient(spf, case.with_options(**options).on(device))
+    with fresh_memory_is_nan():
+        results = _loss_and_gradient(spf, case.with_options(**options).on(device))
     return tuple(value.cpu() for value in results)
+
+
+@contextlib.contextmanager
+def fresh_memory_is_nan() -> Iterator[None]:
+    """What nobody wrote cannot look right: ``torch.empty`` is filled with NaN."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def oracle(case: Case) -> tuple[Tensor, Tensor]:
