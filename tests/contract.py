@@ -318,7 +318,8 @@ def _growth(case: Case) -> float:
     A batch has the mean KL of its tokens, each weighted by the square of its upstream gradient, as
     its error is in the L2 norm.
     """
-    if case.loss == "linear_nll" or case.options.get("alpha", 1.0) < 1:
+    weight = {"linear_nll": 0.0, "linear_kl": 1.0, "linear_distill": 0.5}[case.loss]
+    if case.options.get("alpha", weight) < 1:
         return 1.0
     log_q, log_p = (z.log_softmax(-1) for z in _streams(case))
     kl = (log_p.exp() * (log_p - log_q)).nan_to_num(0.0).sum(-1)

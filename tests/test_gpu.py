@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from contract import DEVICE, Case, check, each_loss, make_case
+from contract import DEVICE, Case, check, each_loss, make_case, run
 from torch import Tensor
 
 import softprompt_fast as spf
@@ -130,6 +130,16 @@ def test_repeats_are_bitwise_equal_under_a_load(backend, loss):
             for one, other in zip(results, expected, strict=True):
                 different += (one != other).any()
     assert different == 0
+
+
+@each_row_kernel
+@each_loss
+def test_several_chunks(backend, loss):
+    """Of 128 rows, or 72 with a teacher; the last one is padded."""
+    case = make_case(
+        loss, shape=(203,), width=72, vocabulary=1003, dtype=torch.float16, ignored=0.2
+    )
+    check(case, *run(case, backend=backend, workspace_mib=0.6))
 
 
 @backends("streaming")
