@@ -334,3 +334,20 @@ def test_row_kernels_write_their_outputs_and_nothing_else(backend, dtype, vocabu
         if vector is not None:
             assert vector[inner].isfinite().all()
             assert vector[[0, -1]].isposinf().all()
+
+
+@each_row_kernel
+def test_slopes_that_cancel_fit_fp16(backend):
+    """Reverse KL: the sum of the slopes says nothing about the largest one."""
+    z, z_p = torch.empty(2, 1, 8, device=DEVICE)
+    dz = torch.empty(1, 8, device=DEVICE, dtype=torch.float16)
+    log_q = torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64).log()
+    log_p = (log_q + torch.tensor([0.0, 1.0, -1.0001])).log_softmax(0)
+    z[0, :3], z_p[0, :3] = log_q.float(), log_p.float()
+    loss, unscale = torch.empty(2, 1, device=DEVICE)
+    row_kernels(backend).divergence_rows_(
+        z[:, :3], z_p[:, :3], loss, dz[:, :3], beta=1.0, unscale=unscale
+    )
+    slopes = log_q.exp() * (log_q - log_p)
+    exact = slopes - log_q.exp() * slopes.sum()
+    torch.testing.assert_close((dz[0, :3] * unscale).cpu().double(), exact, rtol=1e-3, atol=1e-7)
