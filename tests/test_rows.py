@@ -31,14 +31,14 @@ HEADS = [
 
 
 def heads_of(backends: Iterable[str]) -> pytest.MarkDecorator:
-    """Every backend with every head; the interpreter is too slow for the long vocabularies."""
+    """Every backend with every head; the interpreter is too slow for more than one."""
     return pytest.mark.parametrize(
         ("backend", "vocabulary", "dtype"),
         [
             pytest.param(backend, V, dtype, id=f"{backend}-V{V}-{str(dtype)[6:]}")
             for backend in backends
             for V, dtype in HEADS
-            if V == 131 or backend not in INTERPRETED
+            if (V, dtype) == (131, torch.float32) or backend not in INTERPRETED
         ],
     )
 
@@ -90,14 +90,16 @@ def test_rows_do_not_depend_on_their_batch(backend, vocabulary, dtype, loss):
     assert_bitwise(run(case.rows(order), backend=backend), (value[order] for value in together))
 
 
-@each_backend
+# The row kernels' chunks go through the vendor's library: test_gpu.py holds them to the contract.
+@pytest.mark.parametrize("backend", [name for name in OWN_PRODUCTS if name != "triton"])
 @each_loss
 @each_dtype
 def test_rows_do_not_depend_on_the_workspace(backend, loss, dtype):
     """As long as a low-precision head is widened in one piece: 0.2 MiB here, an eighth of 2."""
     case = rows_case(loss, 1031, dtype, tokens=90)
     expected = run(case, backend=backend)
-    for workspace_mib in (2, 1024) if backend in INTERPRETED else (2, 3.5, 7, 1024):
+    # the streaming backend takes all rows at once in 1 MiB
+    for workspace_mib in (0.5,) if backend == "streaming" else (2, 3.5, 7, 1024):
         assert_bitwise(run(case, backend=backend, workspace_mib=workspace_mib), expected)
 
 
