@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -27,13 +28,7 @@ LEAST_CAPABILITY = (8, 0)
 
 def available() -> dict[str, str | None]:
     """For each backend None where it can be used, else the reason why not."""
-    return {
-        "torch": None,
-        "cpp": _cpp_problem,
-        "triton": _triton_problem(),
-        "cuda": _cuda_problem(),
-        "streaming": _triton_problem(),
-    }
+    return {name: problem() for name, problem in _PROBLEMS.items()}
 
 
 def interpreted() -> bool:
@@ -65,6 +60,16 @@ def _gpu_problem() -> str | None:
     return None
 
 
+# Asked one by one: a loss on the CPU must not start CUDA.
+_PROBLEMS: dict[str, Callable[[], str | None]] = {
+    "torch": lambda: None,
+    "cpp": lambda: _cpp_problem,
+    "triton": _triton_problem,
+    "cuda": _cuda_problem,
+    "streaming": _triton_problem,
+}
+
+
 def build_info() -> dict[str, str]:
     """How the extension was compiled and which instruction set it uses here; empty without one."""
     return {} if _C is None else _C.build_info()
@@ -76,13 +81,12 @@ def resolve(name: str, device: torch.device) -> str:
 
     Raises ValueError for an unknown name, RuntimeError with the reason why a named one cannot run.
     """
-    problems = available()
     if name == "auto":
         candidates = PREFERENCE.get(device.type, ("torch",))
-        return next(backend for backend in candidates if problems[backend] is None)
-    if name not in problems:
-        raise ValueError(f"backend must be auto, {', '.join(problems)}: got {name!r}.")
-    if (reason := problems[name]) is not None:
+        return next(backend for backend in candidates if _PROBLEMS[backend]() is None)
+    if name not in _PROBLEMS:
+        raise ValueError(f"backend must be auto, {', '.join(_PROBLEMS)}: got {name!r}.")
+    if (reason := _PROBLEMS[name]()) is not None:
         raise RuntimeError(f"backend {name!r} cannot be used: {reason}.")
     wanted = DEVICES.get(name, device.type)
     if device.type != wanted and not (wanted == "cuda" and interpreted()):

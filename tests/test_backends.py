@@ -36,11 +36,11 @@ def test_interpreted_kernels_take_tensors_on_the_cpu_where_they_are_asked_for(mo
 
 
 def test_without_triton_a_gpu_takes_the_cuda_kernels(monkeypatch):
-    missing = "Triton is not installed"
-    reasons = {"torch": None, "cpp": None, "triton": missing, "cuda": None, "streaming": missing}
-    monkeypatch.setattr(backends, "available", lambda: reasons)
+    monkeypatch.setitem(backends._PROBLEMS, "triton", lambda: "Triton is not installed")
+    monkeypatch.setitem(backends._PROBLEMS, "cuda", lambda: None)
     assert backends.resolve("auto", CUDA) == "cuda"
-    reasons["cuda"] = "the extension was built without CUDA kernels"
+    reason = "the extension was built without CUDA kernels"
+    monkeypatch.setitem(backends._PROBLEMS, "cuda", lambda: reason)
     assert backends.resolve("auto", CUDA) == "torch"
 
 
@@ -55,6 +55,17 @@ def test_auto_takes_the_fastest_for_the_device(monkeypatch):
     monkeypatch.setattr(backends, "_gpu_problem", lambda: None)
     assert backends.resolve("auto", CUDA) == "triton"
     assert backends.resolve("auto", torch.device("meta")) == "torch"
+
+
+def test_a_loss_on_the_cpu_asks_for_no_gpu(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+    def refuse():
+        raise AssertionError("the GPU was asked for")
+
+    monkeypatch.setattr(backends, "_gpu_problem", refuse)
+    assert backends.resolve("auto", CPU) == "cpp"
+    assert backends.resolve("torch", CPU) == "torch"
 
 
 def test_a_named_backend_is_that_backend():
