@@ -229,7 +229,7 @@ def run(case: Case, **options: Any) -> tuple[Tensor, Tensor]:
     """(loss, gradient by hidden) of the library.    options: backend and others for this call"""
     backend = options.get("backend")
     device = torch.device("cpu") if backend == "cpp" else DEVICE
-    kernels_write = backend in ("triton", "cuda", "streaming")
+    kernels_write = spf.backends.DEVICES.get(str(backend)) == "cuda"
     with fresh_memory_is_nan() if kernels_write else contextlib.nullcontext():
         results = _loss_and_gradient(spf, case.with_options(**options).on(device))
     return tuple(value.cpu() for value in results)
