@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .problem import Problem
+from .problem import Problem, round_up
 
 # Rows in a chunk. Each chunk streams the head from memory once a sweep: enough rows to hide that,
 # few enough that their logits take little room.
@@ -67,7 +67,7 @@ class Plan(NamedTuple):
 def plan(problem: Problem) -> Plan:
     """The fastest way that fits: keep the logits, then compute them again, then fewer threads."""
     panel = torch.ops.softprompt_fast_C.panel_rows()
-    needed = -(-max(1, problem.hidden.shape[0]) // panel) * panel
+    needed = round_up(max(1, problem.hidden.shape[0]), panel)
     largest = max(panel, min(needed, MAX_ROWS // panel * panel))
     second_sweep = problem.with_grad or problem.teacher is not None
     threads = torch.get_num_threads()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import checks, cuda, streaming
-from .problem import Problem
+from .problem import Problem, round_up
 from .products import gradient_dtype, project, project_back
 
 # Rows of logits start at multiples of this many entries: 16-byte accesses whatever V is.
@@ -52,7 +52,7 @@ def token_loss(problem: Problem, row_kernels: ModuleType) -> tuple[Tensor, Tenso
     needed = ROW_MULTIPLE * _row_bytes(problem)
     checks.workspace(needed, problem.workspace_mib, f"a chunk of {ROW_MULTIPLE} rows")
     empty = problem.hidden.new_empty
-    padded = _round_up(tokens, ROW_MULTIPLE)
+    padded = round_up(tokens, ROW_MULTIPLE)
     loss = empty(padded, dtype=torch.float32)
     dhidden = empty((padded if problem.with_grad else 0, width), dtype=torch.float32)
     dz_dtype = gradient_dtype(problem.weight)
@@ -60,7 +60,7 @@ def token_loss(problem: Problem, row_kernels: ModuleType) -> tuple[Tensor, Tenso
     if problem.with_grad and dz_dtype == torch.float16:
         unscale = empty(padded, dtype=torch.float32)
 
-    streams, stride = len(problem.heads), _round_up(vocabulary, ALIGNMENT)
+    streams, stride = len(problem.heads), round_up(vocabulary, ALIGNMENT)
     chunk = min(rows_in_chunk(problem), padded)
     buffer = empty(streams * chunk * stride, dtype=torch.float32)
     for start in range(0, tokens, max(chunk, 1)):
@@ -94,12 +94,8 @@ def fits(problem: Problem) -> bool:
 def _row_bytes(problem: Problem) -> int:
     """Of the logits, and of student and teacher side by side."""
     streams, width = len(problem.heads), problem.hidden.shape[1]
-    logits = 4 * streams * _round_up(len(problem.weight), ALIGNMENT)
+    logits = 4 * streams * round_up(len(problem.weight), ALIGNMENT)
     return logits + (2 * width * problem.weight.itemsize if streams == 2 else 0)
-
-
-def _round_up(count: int, multiple: int) -> int:
-    return -(-count // multiple) * multiple
 
 
 def _project(problem: Problem, logits: Tensor) -> None:

@@ -73,3 +73,8 @@ class Problem(NamedTuple):
     ) -> Problem:
         changed: Any = {n: change(v) for n, v in tensors.items() if v is not None}
         return self._replace(**changed)
+
+
+def round_up(count: int, multiple: int) -> int:
+    """The next multiple, or ``count`` itself where it is one."""
+    return -(-count // multiple) * multiple

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .problem import Problem
+from .problem import Problem, round_up
 from .products import gradient_dtype
 
 # Terms that are summed before they are added to dh; strips are multiples of it.
@@ -64,7 +64,7 @@ def plan_workspace(problem: Problem) -> Plan:
     rows = max(1, min(int(budget / row_bytes), len(problem.hidden)))
     if not problem.with_grad:
         return Plan(rows, 0)
-    widest = min(WIDEST_STRIP, -(-len(problem.weight) // SUM) * SUM)
+    widest = min(WIDEST_STRIP, round_up(len(problem.weight), SUM))
     strip = int((budget / rows - 4 * numbers) / column_bytes) // SUM * SUM
     return Plan(rows, min(strip, widest))
 
@@ -88,7 +88,7 @@ class Sweeps:
         self.dz_dtype = gradient_dtype(problem.weight)
         self.product_tiles = streaming.tiles(self.dz_dtype)
         parts, columns = streaming.PARTS.value, self.tiles["COLUMNS"]
-        self.part_length = -(-self.V // (parts * columns)) * columns
+        self.part_length = round_up(self.V, parts * columns) // parts
         self.statistics = self._numbers(streaming.STATISTICS)
 
     def softmax(self) -> None:
