@@ -364,7 +364,7 @@ def test_an_unknown_option_is_named(loss):
 
 
 def test_a_backend_that_cannot_run_says_why(monkeypatch):
-    monkeypatch.setattr(spf.backends, "_cuda_problem", lambda: "no GPU was found")
+    monkeypatch.setitem(spf.backends._PROBLEMS, "cuda", lambda: "no GPU was found")
     text = "backend 'cuda' cannot be used: no GPU was found"
     refuses(RuntimeError, text, make_case("linear_nll"), backend="cuda")
 
