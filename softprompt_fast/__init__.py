@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from . import backends, reference
 from .losses import LossOptions, linear_distill, linear_kl, linear_nll
 from .modules import LinearKLLoss, LinearNLLLoss, linear_cross_entropy
+from .sketch import TeacherSketch, sketch_teacher
 
 if TYPE_CHECKING:
     from .arguments import SoftPromptTrainingArguments
@@ -24,12 +25,14 @@ __all__ = [
     "SoftPromptConfig",
     "SoftPromptTrainer",
     "SoftPromptTrainingArguments",
+    "TeacherSketch",
     "backends",
     "linear_cross_entropy",
     "linear_distill",
     "linear_kl",
     "linear_nll",
     "reference",
+    "sketch_teacher",
 ]
 
 # Who imports the losses alone does not wait for transformers.

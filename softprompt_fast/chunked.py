@@ -98,12 +98,15 @@ def _row_kernels(problem: Problem, rows: slice, logits: Tensor, loss: Tensor) ->
         problem.transform(raw if bias is None else raw + bias)
         for raw, (_, _, bias) in zip(logits, problem.heads, strict=True)
     )
-    if problem.targets is None:
+    part = problem.slice(rows.start, rows.stop)
+    if part.targets is None:
         loss[rows], dz = divergence_rows(z, teacher[0], problem.beta)
     elif not teacher:
-        loss[rows], dz = sparse_target_rows(z, problem.targets[rows], problem.label_smoothing)
+        loss[rows], dz = sparse_target_rows(
+            z, part.targets, problem.label_smoothing, part.more_targets, part.masses
+        )
     else:
-        nll, dz_nll = sparse_target_rows(z, problem.targets[rows], problem.label_smoothing)
+        nll, dz_nll = sparse_target_rows(z, part.targets, problem.label_smoothing)
         kl, dz = divergence_rows(z, teacher[0], problem.beta)
         loss[rows] = problem.alpha * kl + (1 - problem.alpha) * nll
         dz.mul_(problem.alpha).add_(dz_nll, alpha=1 - problem.alpha)

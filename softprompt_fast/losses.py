@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, checks, ops
+from . import backends, checks, ops, sketch_checks
 from .options import LossOptions, check_options
 from .reduction import reduce_tokens
+from .sketch import TeacherSketch, sparse_target
 
 
 def linear_nll(
@@ -45,7 +46,7 @@ def linear_nll(
 def linear_kl(
     hidden: Tensor,
     weight: Tensor,
-    teacher: Tensor,
+    teacher: Tensor | TeacherSketch,
     *,
     teacher_weight: Tensor | None = None,
     teacher_bias: Tensor | None = None,
@@ -59,7 +60,8 @@ def linear_kl(
     Between: beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q, the generalised
     Jensen-Shannon divergence as TRL and Liger define it.
 
-    hidden [..., D]    weight [V, D], frozen    teacher [..., D_t] hidden states
+    hidden [..., D]    weight [V, D], frozen    teacher [..., D_t] hidden states, or a
+    ``TeacherSketch`` over [...], with which forward KL, still exact, costs what NLL costs
     teacher_weight [V, D_t], teacher_bias [V]: the teacher's own head; without it, the student's.
     labels [...] only says which tokens count: those unequal to ignore_index.
     options: ``LossOptions``
@@ -84,7 +86,7 @@ def linear_distill(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
-    teacher: Tensor,
+    teacher: Tensor | TeacherSketch,
     *,
     alpha: float = 0.5,
     beta: float = 0.0,
@@ -130,16 +132,30 @@ def _loss(
     """Check, flatten to [T, D], run the op, reduce. ``alpha`` None: there is no teacher."""
     checks.head(hidden, weight, options.bias)
     checks.factors("token_weight", options.token_weight, "token", hidden.shape[:-1], hidden)
-    if alpha is not None:
-        checks.teacher(hidden, weight, teacher, teacher_weight, teacher_bias)
     counted = targets if targets is not None else labels
     keep = None if counted is None else counted != options.ignore_index
+
+    more_targets = masses = moment = constant = None
+    if isinstance(teacher, TeacherSketch):
+        sketch_checks.fits_loss(teacher, hidden, weight, teacher_weight, beta, options)
+        if alpha:
+            sketch = teacher.map(lambda value: value.reshape(-1, *value.shape[hidden.dim() - 1 :]))
+            moment, constant = sketch.moment, alpha * sketch.constant
+            targets, more_targets, masses, label_smoothing = sparse_target(
+                sketch, None if targets is None else targets.flatten(), alpha, label_smoothing
+            )
+        teacher = None
+    elif alpha is not None:
+        checks.teacher(hidden, weight, teacher, teacher_weight, teacher_bias)
 
     token_loss, _ = ops.token_loss(
         _rows(hidden).to(weight.dtype),
         weight,
         options.bias,
         targets,
+        more_targets,
+        masses,
+        moment,
         keep,
         label_smoothing,
         None if teacher is None else _rows(teacher).to(weight.dtype),
@@ -154,6 +170,8 @@ def _loss(
         backends.resolve(options.backend, hidden.device),
         options.workspace_mib,
     )
+    if constant is not None:
+        token_loss = token_loss - constant
     return reduce_tokens(
         token_loss.view(hidden.shape[:-1]), keep, options.token_weight, options.reduction
     )

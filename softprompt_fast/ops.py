@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import checks, chunked, cpp, gpu, streaming
+from . import checks, chunked, cpp, gpu, sketch_checks, streaming
 from .logit_transform import LogitTransform
 from .problem import Problem
 
@@ -49,6 +49,9 @@ def token_loss(
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor | None,
+    more_targets: Tensor | None,
+    masses: Tensor | None,
+    moment: Tensor | None,
     keep: Tensor | None,
     label_smoothing: float,
     teacher: Tensor | None,
@@ -69,13 +72,17 @@ def token_loss(
     before a loss scale can lift them, and bf16 would round them twice.
     targets and keep: T entries in any shape. A target outside the vocabulary is an IndexError;
     the kernels of a GPU cannot raise, and make its row NaN. ``backend`` is a resolved name, never
-    "auto". See ``Problem`` for the rest.
+    "auto". moment [T, D] fp32 belongs to the masses: alpha logit_scale / temperature (hidden .
+    moment) is the tail's share of the logits, and taken off the loss. For the rest see ``Problem``.
     """
     if targets is not None and (backend == "torch" or targets.is_cpu):
         ignored = None if keep is None else ~keep
-        checks.labels_in_range(targets, ignored, weight.shape[0])
+        if more_targets is None or masses is None:
+            checks.labels_in_range(targets, ignored, weight.shape[0])
+        else:
+            sketch_checks.entries(targets, more_targets, masses, keep, weight.shape[0])
     # a term without weight costs nothing, and may be infinite
-    if alpha == 1:
+    if alpha == 1 and teacher is not None:
         targets = None
     if alpha == 0:
         teacher = teacher_weight = teacher_bias = None
@@ -94,10 +101,15 @@ def token_loss(
         LogitTransform(softcap, logit_scale, temperature),
         with_grad,
         workspace_mib,
+        more_targets,
+        masses,
     )
     # what the caller wants in a lower precision has been cast already; these products stay fp32
     with torch.autocast(hidden.device.type, enabled=False), torch.cuda.device_of(hidden):
-        return ENGINES[backend](problem)
+        loss, dhidden = ENGINES[backend](problem)
+        if moment is not None:
+            _take_tail_off(problem, moment, loss, dhidden)
+        return loss, dhidden
 
 
 @token_loss.register_fake
@@ -122,6 +134,24 @@ def _(grad_loss, dhidden, hidden):
     return torch.empty_like(hidden, memory_format=torch.contiguous_format)
 
 
+def _take_tail_off(problem: Problem, moment: Tensor, loss: Tensor, dhidden: Tensor) -> None:
+    """The tail's logits are linear in hidden: loss -= scale (h . m), dhidden -= scale m."""
+    scale = problem.alpha * problem.transform.logit_scale / problem.transform.temperature
+    step = max(1, int(problem.workspace_mib * 2**20 / (16 * max(1, moment.shape[1]))))
+    for start in range(0, len(loss), step):
+        rows = slice(start, start + step)
+        tail_z = (problem.hidden[rows].double() * moment[rows]).sum(-1)
+        scaled = scale * moment[rows] if problem.with_grad else None
+        if problem.keep is not None:
+            # what is ignored may hold anything
+            tail_z = torch.where(problem.keep[rows], tail_z, 0.0)
+            if scaled is not None:
+                scaled = torch.where(problem.keep[rows].unsqueeze(-1), scaled, 0.0)
+        loss[rows] -= (scale * tail_z).float()
+        if scaled is not None:
+            dhidden[rows] -= scaled
+
+
 def _scatter(rows: Tensor, keep: Tensor) -> Tensor:
     out = rows.new_zeros((keep.shape[0], *rows.shape[1:]))
     out[keep] = rows
@@ -136,7 +166,7 @@ def _save_for_backward(ctx, inputs, output) -> None:
 def _backward(ctx, grad_loss, _grad_dhidden):
     checks.tensor("the upstream gradient", grad_loss)
     dhidden, hidden = ctx.saved_tensors
-    return token_loss_backward(grad_loss, dhidden, hidden), *[None] * 16
+    return token_loss_backward(grad_loss, dhidden, hidden), *[None] * 19
 
 
 def _refuse_double_backward(ctx, grad):

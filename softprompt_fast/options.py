@@ -55,6 +55,7 @@ NUMBERS = {
     "label_smoothing": FRACTION,
     "beta": FRACTION,
     "alpha": FRACTION,
+    "top_k": Number(lambda x: x >= 1, "at least 1", kind=Integral),
     "workspace_mib": POSITIVE,
     "ignore_index": Number(lambda x: -(2**63) <= x < 2**63, "an int64", kind=Integral),
 }

@@ -14,8 +14,13 @@ from .logit_transform import LogitTransform
 class Problem(NamedTuple):
     """Per-token loss ``alpha * divergence + (1 - alpha) * nll`` and its gradient by ``hidden``.
 
-    T tokens, D and D_t hidden widths, V vocabulary. ``targets`` None: alpha is 1. ``teacher`` None:
-    alpha is 0. Without a teacher_weight the teacher shares the student's head.
+    T tokens, D and D_t hidden widths, V vocabulary, K entries. ``targets`` None: alpha is 1.
+    ``teacher`` None: alpha is 0. Without a teacher_weight the teacher shares the student's head.
+
+    A target distribution with several entries comes without a teacher. It has masses[:, 1:] on
+    more_targets, label_smoothing spread over the vocabulary, masses[:, 0] on a tail whose share of
+    the logits is added outside of the engines, and what is left of 1 on ``targets``. Entries whose
+    mass is 0 are not looked at.
     """
 
     hidden: Tensor  # [T, D]
@@ -32,6 +37,8 @@ class Problem(NamedTuple):
     transform: LogitTransform
     with_grad: bool
     workspace_mib: float
+    more_targets: Tensor | None = None  # [T, K] int64, no entry twice
+    masses: Tensor | None = None  # [T, 1 + K] fp32
 
     @property
     def heads(self) -> list[tuple[Tensor, Tensor, Tensor | None]]:
@@ -65,7 +72,7 @@ class Problem(NamedTuple):
 
     def per_token(self, change: Callable[[Tensor], Tensor]) -> Problem:
         """With ``change`` applied to whatever has an entry per token."""
-        names = ("hidden", "targets", "keep", "teacher")
+        names = ("hidden", "targets", "more_targets", "masses", "keep", "teacher")
         return self._changed({n: getattr(self, n) for n in names}, change)
 
     def _changed(

@@ -25,7 +25,11 @@ def gradient_dtype(weight: Tensor) -> torch.dtype:
 
 def project(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
     """out [C, V] fp32 = hidden [C, D] @ weight.T"""
-    _mm(hidden, weight.T, out)
+    if hidden.is_cuda or hidden.dtype == torch.float32:
+        return _mm(hidden, weight.T, out)
+    for start in range(0, len(weight), HEAD_BLOCK):
+        columns = slice(start, start + HEAD_BLOCK)
+        out[:, columns] = hidden.float() @ weight[columns].float().T
 
 
 def project_back(dz: Tensor, weight: Tensor, out: Tensor) -> None:

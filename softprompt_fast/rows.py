@@ -12,12 +12,21 @@ from torch import Tensor
 from .divergences import divergence
 
 
-def sparse_target_rows(z: Tensor, targets: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:
-    """Cross-entropy with one target a row, smoothed over the vocabulary.
+def sparse_target_rows(
+    z: Tensor,
+    targets: Tensor,
+    label_smoothing: float,
+    more_targets: Tensor | None = None,
+    masses: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy against a target distribution t that is spread evenly but for a few entries.
 
-    z [C, V], targets [C] -> loss [C], dz [C, V]. With o = logsumexp over all entries but the
-    target, -log q_target = softplus(o - z_target) and 1 - q_target = sigmoid(o - z_target): a
-    confident row keeps its relative accuracy, where lse - z_target and q_target - 1 would cancel.
+    z [C, V], targets [C], more_targets [C, K], masses [C, 1 + K] as in ``Problem`` ->
+    loss [C] = lse - sum of t_v z_v over all but the tail, dz [C, V] = q - t without the tail.
+
+    With o = logsumexp over all entries but the target, -log q_target = softplus(o - z_target) and
+    1 - q_target = sigmoid(o - z_target): a confident row keeps its relative accuracy, where
+    lse - z_target and q_target - 1 would cancel.
     """
     smoothing, uniform = label_smoothing, label_smoothing / z.shape[-1]
     target = targets.unsqueeze(-1)
@@ -29,8 +38,18 @@ def sparse_target_rows(z: Tensor, targets: Tensor, label_smoothing: float) -> tu
     loss = (1 - smoothing) * torch.logaddexp(odds, torch.zeros_like(odds))
     if smoothing:
         loss += smoothing * (lse - z.mean(-1, keepdim=True))
+    rest = torch.full_like(odds, smoothing)  # what t has outside the target
     dz = (z - lse.float()).exp_()
-    dz.scatter_(-1, target, (smoothing - odds.sigmoid()).float())
+    if more_targets is not None and masses is not None:
+        tail, more = masses[:, :1].double(), masses[:, 1:]
+        entries = torch.where(more > 0, more_targets, target)
+        rest += tail + more.sum(-1, keepdim=True, dtype=torch.float64)
+        # all measured from z_target: what p is sure of is exact
+        terms = torch.where(more > 0, more * (z.gather(-1, entries) - z_target), 0.0)
+        loss += tail * z_target - terms.sum(-1, keepdim=True)
+        loss = torch.where(z_target == -torch.inf, odds, loss)
+        dz.scatter_add_(-1, entries, -more)
+    dz.scatter_(-1, target, (rest - odds.sigmoid()).float())
     return loss.squeeze(-1).float(), dz.sub_(uniform) if uniform else dz
 
 

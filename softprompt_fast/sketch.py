@@ -1,0 +1,196 @@
+"""The teacher sketch: what an exact KL(p || q) needs to know of the teacher, in O(k + D) numbers.
+
+With a linear head, z = logit_scale (W h + b) / temperature, a sum over the vocabulary splits into
+the k largest entries of p and a tail that is linear in the student's hidden state h:
+
+    sum_v p_v z_v = sum_{v in top k} p_v z_v + logit_scale / temperature (h . m + c)
+    m = sum_{v in tail} p_v W_v            c = sum_{v in tail} p_v b_v
+
+so KL(p || q) = lse(z) - sum_v p_v z_v - H(p), and its gradient by h, cost what NLL costs. That the
+expectation alone is enough was published as the "KL cache trick" (jonathanc.net, 2026-05-12). The k
+entries are kept apart because q - p is rounded where 16-bit numbers are multiplied: without them
+the error grows as q comes close to p.
+
+Legend: T tokens, C of them at a time, D hidden width, V vocabulary, k entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import checks, sketch_checks
+from .logit_transform import LogitTransform
+from .options import check_options
+from .products import project, project_back
+
+# [C, V] fp32 buffers alive at once: logits, probabilities, and two in double for the sums.
+BUFFERS = 6
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TeacherSketch:
+    """The teacher's next-token distributions p, for exact forward KL. Made by ``sketch_teacher``.
+
+    Indexing, slicing and masks take tokens: ``sketch[3:7]``, ``sketch[keep]``.
+    """
+
+    ids: Tensor
+    """[..., k] int32, the most probable entries, the largest first"""
+    probs: Tensor
+    """[..., k] fp32, their probabilities"""
+    tail: Tensor
+    """[...] fp32, the probability of all others"""
+    moment: Tensor
+    """[..., D] fp32, the sum of p_v W_v over the others"""
+    tail_bias: Tensor
+    """[...] fp32, the sum of p_v b_v over the others"""
+    entropy: Tensor
+    """[...] fp32, of the whole distribution, in nats"""
+    logit_scale: float = 1.0
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        sketch_checks.fields(self)
+
+    @property
+    def constant(self) -> Tensor:
+        """[...] fp32, what the loss has that no hidden state of the student changes."""
+        return self.entropy + self.logit_scale / self.temperature * self.tail_bias
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> TeacherSketch:
+        """With ``change`` applied to every tensor."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        changed: Any = {n: change(v) if isinstance(v, Tensor) else v for n, v in values.items()}
+        return TeacherSketch(**changed)
+
+    def __getitem__(self, index: Any) -> TeacherSketch:
+        return self.map(lambda value: value[index])
+
+    def to(self, device: torch.device | str) -> TeacherSketch:
+        return self.map(lambda value: value.to(device))
+
+    @staticmethod
+    def cat(sketches: Sequence[TeacherSketch]) -> TeacherSketch:
+        """One after another. Raises ValueError where they were not made with the same options."""
+        first = sketches[0]
+        for other in sketches[1:]:
+            sketch_checks.same_options(first, other)
+        values = {field.name: getattr(first, field.name) for field in fields(first)}
+        joined: Any = {
+            name: torch.cat([getattr(sketch, name) for sketch in sketches])
+            if isinstance(value, Tensor)
+            else value
+            for name, value in values.items()
+        }
+        return TeacherSketch(**joined)
+
+
+@torch.no_grad()
+def sketch_teacher(
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    top_k: int = 32,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    workspace_mib: float = 256,
+) -> TeacherSketch:
+    """Sketch softmax(logit_scale (W h + b) / temperature) for every hidden state of the teacher.
+
+    hidden [..., D]    weight [V, D] and bias [V], the head that the student shares
+    top_k: entries that are kept apart, at most V. More of them cost memory; where probabilities are
+    flat and the head is in 16 bits they buy precision.
+    Raises ValueError or TypeError as the losses do.
+    """
+    check_options(
+        top_k=top_k,
+        logit_scale=logit_scale,
+        temperature=temperature,
+        workspace_mib=workspace_mib,
+    )
+    checks.head(hidden, weight, bias)
+    rows = (hidden.unsqueeze(0) if hidden.dim() == 1 else hidden.flatten(0, -2)).to(weight.dtype)
+    V, D = weight.shape
+    row_bytes = 4 * (BUFFERS * V + 4 * D)
+    checks.workspace(row_bytes, workspace_mib, "the logits of one token")
+    transform = LogitTransform(None, logit_scale, temperature)
+    chunk = max(1, int(workspace_mib * 2**20 / row_bytes))
+    parts = [_sketch(part, weight, bias, min(top_k, V), transform) for part in rows.split(chunk)]
+    return TeacherSketch.cat(parts).map(
+        lambda value: value.view(*hidden.shape[:-1], *value.shape[1:])
+    )
+
+
+def _sketch(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, k: int, transform: LogitTransform
+) -> TeacherSketch:
+    """Of one chunk of rows. Sums over the vocabulary are in double: they are done only once."""
+    z = hidden.new_empty(len(hidden), len(weight), dtype=torch.float32)
+    project(hidden, weight, z)
+    z = transform(z if bias is None else z + bias)
+    lse = z.double().logsumexp(-1, keepdim=True)
+    p = (z.double() - lse).exp_()
+    top_z, ids = z.topk(k)
+    probs = p.gather(-1, ids)
+    p.scatter_(-1, ids, 0.0)
+    tail = p.sum(-1)
+    tail_bias = torch.zeros_like(tail)
+    if bias is not None:
+        # an entry that is impossible has the bias -inf
+        tail_bias = torch.where(p > 0, p * bias, 0.0).sum(-1)
+    moment = hidden.new_empty(hidden.shape, dtype=torch.float32)
+    project_back(p.float(), weight, moment)
+    # As the loss will see it, the moment's rounding included: so KL(p || p) comes out as 0.
+    tail_z = transform.slope(z) * ((hidden.double() * moment).sum(-1) + tail_bias.float())
+    first = top_z[:, :1].double()
+    more = torch.where(probs > 0, probs.float() * (top_z - first), 0.0).sum(-1)
+    entropy = (lse - first - more.unsqueeze(-1)).squeeze(-1) + tail.float() * first[:, 0] - tail_z
+    return TeacherSketch(
+        ids=ids.int(),
+        probs=probs.float(),
+        tail=tail.float(),
+        moment=moment,
+        tail_bias=tail_bias.float(),
+        entropy=entropy.float(),
+        logit_scale=transform.logit_scale,
+        temperature=transform.temperature,
+    )
+
+
+class SparseTarget(NamedTuple):
+    """A target distribution for ``Problem``: a few entries, a tail and an even rest; together 1."""
+
+    targets: Tensor  # [T] int64
+    more_targets: Tensor  # [T, K] int64
+    masses: Tensor  # [T, 1 + K] fp32
+    label_smoothing: float
+
+
+def sparse_target(
+    sketch: TeacherSketch, labels: Tensor | None, alpha: float, label_smoothing: float
+) -> SparseTarget:
+    """alpha p + (1 - alpha) ((1 - label_smoothing) onehot(labels) + label_smoothing / V).
+
+    sketch over [T], labels [T] int. Without labels alpha is 1.
+    """
+    first, more = sketch.ids[:, :1].long(), sketch.ids[:, 1:].long()
+    masses = alpha * torch.cat([sketch.tail.unsqueeze(-1), sketch.probs[:, 1:]], -1)
+    if labels is None or alpha == 1:
+        return SparseTarget(first.squeeze(-1), more.contiguous(), masses, 0.0)
+    label = labels.long().unsqueeze(-1)
+    mass = (1 - alpha) * (1 - label_smoothing)
+    is_more = more == label
+    listed = is_more.any(-1, keepdim=True) | (first == label)
+    own = torch.where(listed, 0.0, mass).to(masses)
+    return SparseTarget(
+        first.squeeze(-1),
+        torch.cat([more, label], -1),
+        torch.cat([masses[:, :1], masses[:, 1:] + mass * is_more, own], -1),
+        (1 - alpha) * label_smoothing,
+    )
