@@ -72,6 +72,7 @@ int64_t workspace_floats(int64_t rows, int64_t width, int64_t teacher_width, int
 
 void token_loss_(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias,
                  const std::optional<Tensor>& targets, double label_smoothing,
+                 const std::optional<Tensor>& more_targets, const std::optional<Tensor>& masses,
                  const std::optional<Tensor>& teacher, const std::optional<Tensor>& teacher_weight,
                  const std::optional<Tensor>& teacher_bias, double beta, double alpha, double softcap,
                  double logit_scale, double temperature, int64_t rows, bool stored, int64_t threads,
@@ -91,6 +92,11 @@ void token_loss_(const Tensor& hidden, const Tensor& weight, const std::optional
     p.heads[1] = teacher_weight ? head(*teacher, *teacher_weight, teacher_bias) : head(*teacher, weight, bias);
   if (targets)
     p.targets = static_cast<const int64_t*>(data_of(*targets, at::kLong, {p.T}, "targets"));
+  if (more_targets && masses) {
+    p.K = more_targets->size(1);
+    p.more_targets = static_cast<const int64_t*>(data_of(*more_targets, at::kLong, {p.T, p.K}, "more_targets"));
+    p.masses = static_cast<const float*>(data_of(*masses, at::kFloat, {p.T, 1 + p.K}, "masses"));
+  }
 
   p.label_smoothing = float(label_smoothing), p.alpha = alpha, p.beta = beta;
   p.softcap = float(softcap), p.logit_scale = float(logit_scale), p.temperature = float(temperature);
@@ -120,7 +126,7 @@ TORCH_LIBRARY(softprompt_fast_C, m) {
       &workspace_floats);
   m.def(
       "token_loss_(Tensor hidden, Tensor weight, Tensor? bias, Tensor? targets, float label_smoothing, "
-      "Tensor? teacher, Tensor? teacher_weight, Tensor? teacher_bias, float beta, float alpha, float softcap, "
+      "Tensor? more_targets, Tensor? masses, Tensor? teacher, Tensor? teacher_weight, Tensor? teacher_bias, float beta, float alpha, float softcap, "
       "float logit_scale, float temperature, int rows, bool stored, int threads, Tensor(a!) loss, "
       "Tensor(b!) dhidden, Tensor(c!) workspace) -> ()");
 }

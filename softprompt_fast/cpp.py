@@ -33,6 +33,8 @@ def token_loss(problem: Problem) -> tuple[Tensor, Tensor]:
         _contiguous(problem.bias),
         _contiguous(problem.targets),
         problem.label_smoothing,
+        _contiguous(problem.more_targets),
+        _contiguous(problem.masses),
         _contiguous(problem.teacher),
         _contiguous(problem.teacher_weight),
         _contiguous(problem.teacher_bias),

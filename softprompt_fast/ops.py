@@ -97,7 +97,7 @@ def token_loss(
         teacher_weight,
         teacher_bias,
         beta,
-        alpha,
+        0.0 if teacher is None else alpha,
         LogitTransform(softcap, logit_scale, temperature),
         with_grad,
         workspace_mib,
@@ -108,7 +108,7 @@ def token_loss(
     with torch.autocast(hidden.device.type, enabled=False), torch.cuda.device_of(hidden):
         loss, dhidden = ENGINES[backend](problem)
         if moment is not None:
-            _take_tail_off(problem, moment, loss, dhidden)
+            _take_tail_off(problem, alpha, moment, loss, dhidden)
         return loss, dhidden
 
 
@@ -134,9 +134,11 @@ def _(grad_loss, dhidden, hidden):
     return torch.empty_like(hidden, memory_format=torch.contiguous_format)
 
 
-def _take_tail_off(problem: Problem, moment: Tensor, loss: Tensor, dhidden: Tensor) -> None:
+def _take_tail_off(
+    problem: Problem, alpha: float, moment: Tensor, loss: Tensor, dhidden: Tensor
+) -> None:
     """The tail's logits are linear in hidden: loss -= scale (h . m), dhidden -= scale m."""
-    scale = problem.alpha * problem.transform.logit_scale / problem.transform.temperature
+    scale = alpha * problem.transform.logit_scale / problem.transform.temperature
     step = max(1, int(problem.workspace_mib * 2**20 / (16 * max(1, moment.shape[1]))))
     for start in range(0, len(loss), step):
         rows = slice(start, start + step)

@@ -13,6 +13,7 @@
 #include "products.h"
 #include "tiles.h"
 #include "layout.h"
+#include "entries.h"
 
 // BLOCK entries of the vocabulary, as fp32.
 struct Block {
@@ -25,7 +26,8 @@ class Chunk {
   Chunk(const TokenLoss& p, const Layout& at, ParallelFor parallel, int64_t start)
       : p(p), at(at), parallel(parallel), start(start), count(std::min(p.rows, p.T - start)),
         panels((count + PANEL - 1) / PANEL), transform{p.softcap, p.logit_scale, p.temperature},
-        measured_early(p.streams == 2 && (p.beta != 0.0 || !p.dhidden)), mixture(p.beta) {}
+        measured_early(p.streams == 2 && (p.beta != 0.0 || !p.dhidden)), mixture(p.beta),
+        entries(p, start, count) {}
 
   void run() {
     load_hidden();
@@ -51,6 +53,7 @@ class Chunk {
   const Transform transform;
   const bool measured_early;  // values and slope sums have a sweep of their own
   const Mixture mixture;
+  Entries entries;
 
   int vectors(int64_t panel) const {
     const int64_t rows = std::min<int64_t>(PANEL, count - panel * PANEL);
@@ -160,11 +163,16 @@ class Chunk {
     }
   }
 
+  template <int NV>
+  static int64_t position(const Block& block, int64_t panel, const Entry& entry) {
+    return (entry.v - block.first) * NV * LANES + entry.row - panel * PANEL;
+  }
+
   Rows rows(int64_t panel) const { return at.rows.from(panel * PANEL); }
 
   // Sweep 1. The target is left out of the sum, so that 1 - q_target never has to be a difference.
   template <int NV>
-  void statistics(int64_t segment, const Block& block, int64_t panel, const Layout::Scratch& scratch) const {
+  void statistics(int64_t segment, const Block& block, int64_t panel, const Layout::Scratch& scratch) {
     const int64_t first = segment * p.rows + panel * PANEL;
     float* z[2] = {};
     for (int s = 0; s < p.streams; s++) {
@@ -178,6 +186,8 @@ class Chunk {
     }
     const Softmax student = at.softmax[0].from(first);
     if (p.label_smoothing) student.add_total<NV>(z[0], block.n);
+    entries.within(panel, block.first, block.n,
+                   [&](Entry& entry) { entry.z = z[0][position<NV>(block, panel, entry)]; });
     targets<NV>(block, panel, [&](int64_t row, int64_t i) { at.z_target[row] = z[0][i], z[0][i] = -INF; });
     student.add<NV>(z[0], block.n);
     targets<NV>(block, panel, [&](int64_t row, int64_t i) { z[0][i] = at.z_target[row]; });
@@ -196,16 +206,16 @@ class Chunk {
 
   // Sweep 3.
   template <int NV>
-  void gradient(int64_t segment, const Block& block, int64_t panel, const Layout::Scratch& scratch) const {
+  void gradient(int64_t segment, const Block& block, int64_t panel, const Layout::Scratch& scratch) {
     const int64_t D = p.heads[0].D, first = segment * p.rows + panel * PANEL;
     const float* z = again<NV>(0, block, panel, scratch);
     float* dz = scratch.dz;
     if (p.targets) {
       const float weight = float(1.0 - p.alpha), uniform = p.label_smoothing / p.V;
       softmax_gradient<NV>(z, block.n, rows(panel), weight, uniform, dz);
-      targets<NV>(block, panel, [&](int64_t row, int64_t i) {
-        dz[i] = weight * (p.label_smoothing - uniform - at.missing[row]);
-      });
+      targets<NV>(block, panel, [&](int64_t row, int64_t i) { dz[i] = weight * (at.dz_target[row] - uniform); });
+      entries.within(panel, block.first, block.n,
+                     [&](Entry& entry) { dz[position<NV>(block, panel, entry)] -= weight * entry.mass; });
     }
     if (p.streams == 2) {
       const float* z_teacher = again<NV>(1, block, panel, scratch);
@@ -275,6 +285,17 @@ class Chunk {
   }
 
   void finish_softmax() const {
+    // Of a distribution on several entries: what lies outside the first, and what that adds to the loss. All
+    // is measured from z_target: what the teacher is sure of is exact.
+    std::vector<double> rest(count, p.label_smoothing), more(count, 0.0);
+    for (int64_t row = 0; row < count && p.masses; row++) {
+      const double tail = p.masses[(start + row) * (1 + p.K)];
+      rest[row] += tail, more[row] = tail * at.z_target[row];
+    }
+    entries.each([&](const Entry& entry) {
+      rest[entry.row] += entry.mass;
+      more[entry.row] -= entry.mass * (double(entry.z) - at.z_target[entry.row]);
+    });
     for (int64_t row = 0; row < panels * PANEL; row++) {
       double lse = logsumexp(at.softmax[0], row);
       float top = largest(at.softmax[0], row);
@@ -285,11 +306,12 @@ class Chunk {
         // of all others against the target; NaN where the row has no finite normaliser
         const double odds = others - z + (lse - lse);
         const double nll = odds > 0 ? odds + std::log1p(std::exp(-odds)) : std::log1p(std::exp(odds));
-        at.missing[row] = float(1.0 / (1.0 + std::exp(-odds)));
+        const double missing = 1.0 / (1.0 + std::exp(-odds));  // 1 - q_target
+        at.dz_target[row] = float(rest[row] - missing);
         double loss = (1.0 - p.label_smoothing) * nll;
         if (p.label_smoothing)
           loss += p.label_smoothing * (lse - over_segments(at.softmax[0].total, row) / p.V);
-        at.nll[row] = float(loss);
+        at.nll[row] = float(z == -INF ? odds : loss + more[row]);
       }
       normalise(at.rows.q, row, top, lse);
       if (p.streams == 2)

@@ -15,7 +15,7 @@ class Layout {
   float *hidden[2], *stored[2], *dh;
   Softmax softmax[2];
   Peak peak;
-  float *value, *slope, *z_target, *missing, *nll;  // missing: 1 - q_target
+  float *value, *slope, *z_target, *dz_target, *nll;
   Rows rows;
   int64_t size;
 
@@ -29,7 +29,7 @@ class Layout {
     }
     dh = at.take(p.dhidden ? SEGMENTS * n * round_up(p.heads[0].D, TILE) : 0);
     value = at.take(SEGMENTS * n), slope = at.take(SEGMENTS * n);
-    z_target = at.take(n), missing = at.take(n), nll = at.take(n);
+    z_target = at.take(n), dz_target = at.take(n), nll = at.take(n);
     peak = {at.take(SEGMENTS * n), at.take(SEGMENTS * n), at.take_int(SEGMENTS * n)};
     rows = {{at.take(n), at.take(n)}, {at.take(n), at.take(n)}, {at.take(n), at.take(n), at.take_int(n)},
             at.take(n)};

@@ -25,6 +25,11 @@ struct TokenLoss {
   int64_t T, V;
   const int64_t* targets;  // [T] in range, or null
   float label_smoothing;
+  // A target distribution with more entries than one: masses[0] on a tail, masses[1 + k] on more_targets[k],
+  // what is left on the target. An entry without mass is not looked at.
+  int64_t K;
+  const int64_t* more_targets;  // [T, K] or null
+  const float* masses;          // [T, 1 + K]
   double alpha;       // loss = alpha * divergence + (1 - alpha) * nll
   double beta;        // 0 KL(p||q), 1 KL(q||p), between JSD
   float softcap;      // 0: none
