@@ -75,8 +75,9 @@ def token_loss(
     "auto". moment [T, D] fp32 belongs to the masses: alpha logit_scale / temperature (hidden .
     moment) is the tail's share of the logits, and taken off the loss. For the rest see ``Problem``.
     """
+    keep = None if keep is None else keep.flatten()
     if targets is not None and (backend == "torch" or targets.is_cpu):
-        ignored = None if keep is None else ~keep
+        ignored = None if keep is None else ~keep.view_as(targets)
         if more_targets is None or masses is None:
             checks.labels_in_range(targets, ignored, weight.shape[0])
         else:
@@ -91,7 +92,7 @@ def token_loss(
         weight,
         bias,
         None if targets is None else targets.flatten().long(),
-        None if keep is None else keep.flatten(),
+        keep,
         label_smoothing,
         teacher,
         teacher_weight,

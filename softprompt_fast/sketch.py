@@ -123,7 +123,7 @@ def sketch_teacher(
     chunk = max(1, int(workspace_mib * 2**20 / row_bytes))
     parts = [_sketch(part, weight, bias, min(top_k, V), transform) for part in rows.split(chunk)]
     return TeacherSketch.cat(parts).map(
-        lambda value: value.view(*hidden.shape[:-1], *value.shape[1:])
+        lambda value: value.view((*hidden.shape[:-1], *value.shape[1:]))
     )
 
 
