@@ -15,7 +15,7 @@ from torch import Tensor
 # In a smaller head than this, roundings of dz are too few to average out.
 LEAST_16_BIT = 64
 # Entries of the vocabulary in one fp32 product back: a longer sum would lose digits.
-HEAD_BLOCK = 16384
+HEAD_BLOCK = 4096
 
 
 def gradient_dtype(weight: Tensor) -> torch.dtype:

@@ -28,8 +28,8 @@ from .logit_transform import LogitTransform
 from .options import check_options
 from .products import project, project_back
 
-# [C, V] fp32 buffers alive at once: logits, probabilities, and two in double for the sums.
-BUFFERS = 6
+# [C, V] fp32 buffers alive at once: raw and finished logits, and two or three in double.
+BUFFERS = 11
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -117,7 +117,7 @@ def sketch_teacher(
     checks.head(hidden, weight, bias)
     rows = (hidden.unsqueeze(0) if hidden.dim() == 1 else hidden.flatten(0, -2)).to(weight.dtype)
     V, D = weight.shape
-    row_bytes = 4 * (BUFFERS * V + 4 * D)
+    row_bytes = 4 * (BUFFERS * V + (3 * min(top_k, V) + 4) * D)
     checks.workspace(row_bytes, workspace_mib, "the logits of one token")
     transform = LogitTransform(None, logit_scale, temperature)
     chunk = max(1, int(workspace_mib * 2**20 / row_bytes))
@@ -130,13 +130,19 @@ def sketch_teacher(
 def _sketch(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, k: int, transform: LogitTransform
 ) -> TeacherSketch:
-    """Of one chunk of rows. Sums over the vocabulary are in double: they are done only once."""
-    z = hidden.new_empty(len(hidden), len(weight), dtype=torch.float32)
-    project(hidden, weight, z)
-    z = transform(z if bias is None else z + bias)
-    lse = z.double().logsumexp(-1, keepdim=True)
-    p = (z.double() - lse).exp_()
-    top_z, ids = z.topk(k)
+    """Of one chunk of rows. All that is summed is in double, and so are the largest logits, whose
+    rounding is most of what a gradient would see: this is done only once."""
+    raw = hidden.new_empty(len(hidden), len(weight), dtype=torch.float32)
+    project(hidden, weight, raw)
+    z = transform(raw if bias is None else raw + bias).double()
+    ids = z.topk(k).indices
+    top_raw = torch.einsum("cd,ckd->ck", hidden.double(), weight[ids].double())
+    top_z = transform(top_raw if bias is None else top_raw + bias[ids])
+    top_z, order = top_z.sort(-1, descending=True)
+    ids = ids.gather(-1, order)
+    z.scatter_(-1, ids, top_z)
+    lse = z.logsumexp(-1, keepdim=True)
+    p = (z - lse).exp_()
     probs = p.gather(-1, ids)
     p.scatter_(-1, ids, 0.0)
     tail = p.sum(-1)
@@ -148,9 +154,9 @@ def _sketch(
     project_back(p.float(), weight, moment)
     # As the loss will see it, the moment's rounding included: so KL(p || p) comes out as 0.
     tail_z = transform.slope(z) * ((hidden.double() * moment).sum(-1) + tail_bias.float())
-    first = top_z[:, :1].double()
-    more = torch.where(probs > 0, probs.float() * (top_z - first), 0.0).sum(-1)
-    entropy = (lse - first - more.unsqueeze(-1)).squeeze(-1) + tail.float() * first[:, 0] - tail_z
+    first = top_z[:, 0]
+    more = torch.where(probs > 0, probs.float() * (top_z - top_z[:, :1]), 0.0).sum(-1)
+    entropy = lse.squeeze(-1) - first - more + tail.float() * first - tail_z
     return TeacherSketch(
         ids=ids.int(),
         probs=probs.float(),

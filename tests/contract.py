@@ -178,6 +178,25 @@ def make_case(
     )
 
 
+def moved_to(case: Case, kl: float) -> Case:
+    """The student on the straight line to its teacher, where KL(p || q) is about ``kl``."""
+    step = distance_at(kl, *reversed(_streams(case)))
+    hidden = case.teacher + step * (case.hidden - case.teacher)
+    return replace(case, hidden=hidden.to(case.hidden.dtype))
+
+
+def distance_at(kl: float, z_teacher: Tensor, z_start: Tensor) -> float:
+    """Where on the line from the teacher's logits (0) to these (1) KL is ``kl``, or 1."""
+    log_p = z_teacher.log_softmax(-1)
+    low, high = 0.0, 1.0
+    for _ in range(20):
+        middle = (low + high) / 2
+        log_q = (z_teacher + middle * (z_start - z_teacher)).log_softmax(-1)
+        value = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+        low, high = (low, middle) if value > kl else (middle, high)
+    return high
+
+
 @st.composite
 def cases(draw: st.DrawFn, loss: str, **fixed: Any) -> Case:
     """Any problem that ``loss`` takes; ``fixed`` options of ``make_case`` are not drawn."""

@@ -6,17 +6,21 @@ import importlib.util
 import json
 import time
 import urllib.request
+from pathlib import Path
 from urllib.error import URLError
 
 import pytest
 import torch
+from contract import BACKENDS, U32, U_DTYPE, Case, distance_at, each_dtype, run
 from gguf import GGUFReader, dequantize
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from toy import make_model, make_tokenizer
 from toy_run import save_toy_model
 
+import softprompt_fast as spf
 from softprompt_fast import pretrained
+from softprompt_fast.head import OutputHead, hidden_states
 from softprompt_fast.pretrained import load_model, smollm2
 
 
@@ -171,6 +175,46 @@ def test_the_real_model_has_the_values_of_its_file(real):
     ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
     answer = model.generate(ids, max_new_tokens=1, do_sample=False)[0, -1]
     assert tokenizer.decode(answer) == " Paris"
+
+
+@pytest.fixture(scope="module")
+def real_states(real):
+    """Hidden states [16, D] with the handbook and without it before the same text, and the head."""
+    model, tokenizer = load_model(real, device="cpu")
+    handbook = (Path(__file__).parents[1] / "examples" / "handbook.md").read_text()
+    context = tokenizer(handbook, return_tensors="pt").input_ids[:, :300]
+    text = tokenizer("Sandals are not allowed in the workshop, and the lockers close at six.")
+    text = torch.tensor([text.input_ids[:16]])
+    with torch.no_grad():
+        with_context = hidden_states(model, input_ids=torch.cat([context, text], dim=1))
+        without = hidden_states(model, input_ids=text)
+    return with_context[0, -16:], without[0], OutputHead.from_model(model).weight
+
+
+@each_dtype
+def test_a_sketch_of_real_hidden_states(real_states, dtype):
+    """The student moves towards its teacher: KL and its gradient stay exact on every backend."""
+    teacher, start, weight = (value.to(dtype) for value in real_states)
+    sketch = spf.sketch_teacher(teacher, weight)
+    wide = weight.double()
+    z_teacher = teacher.double() @ wide.T
+    log_p = z_teacher.log_softmax(-1)
+    for kl in (1.0, 1e-1, 1e-2, 1e-3, 1e-4):
+        step = distance_at(kl, z_teacher, start.double() @ wide.T)
+        hidden = (teacher + step * (start - teacher)).to(dtype)
+        z = hidden.double() @ wide.T
+        log_q = z.log_softmax(-1)
+        exact = (log_p.exp() * (log_p - log_q)).sum(-1)
+        exact_gradient = (log_q.exp() - log_p.exp()) @ wide
+        scale = float(1 + max(z.abs().max(), z_teacher.abs().max()) + z.logsumexp(-1).abs().max())
+        growth = max(1.0, 0.1 / float(exact.mean()) ** 0.5)
+        for backend in BACKENDS:
+            case = Case(loss="linear_kl", hidden=hidden, tensors=(weight, sketch), options={})
+            loss, gradient = run(case, backend=backend, reduction="none")
+            assert ((loss - exact).abs() <= 16 * U32 * scale).all(), backend
+            error = (gradient - exact_gradient).norm() / exact_gradient.norm()
+            assert error <= U_DTYPE[dtype] + 8 * U32 * scale * growth, backend
+            assert error <= 0.003, backend
 
 
 def test_the_real_model_is_converted_once(real):

@@ -19,12 +19,14 @@ from contract import (
     effort,
     hold,
     make_case,
+    moved_to,
     oracle,
     run,
 )
 
 import softprompt_fast as spf
 from softprompt_fast import TeacherSketch, sketch_teacher
+from softprompt_fast.sketch import sparse_target
 
 SHARED = ("bias", "logit_scale", "temperature")
 LOSSES = ("linear_kl", "linear_distill")
@@ -68,18 +70,6 @@ def test_the_contract_as_the_student_converges(backend, kl, dtype):
         )
         case = moved_to(case, kl)
         hold_contract(case, backend)
-
-
-def moved_to(case: Case, kl: float) -> Case:
-    """The student on the straight line to its teacher, where the mean KL is about ``kl``."""
-    start, teacher = case.hidden.double(), case.teacher.double()
-    low, high = 0.0, 1.0
-    for _ in range(30):
-        middle = (low + high) / 2
-        hidden = (teacher + middle * (start - teacher)).to(case.hidden.dtype)
-        moved = replace(case, hidden=hidden, upstream=None)
-        low, high = (low, middle) if oracle(moved)[0] > kl else (middle, high)
-    return replace(moved, upstream=case.upstream)
 
 
 @each_backend
@@ -269,6 +259,35 @@ def test_sketching_in_chunks_changes_nothing(workspace_mib):
     for name in ("probs", "tail", "moment", "tail_bias", "entropy"):
         ours, theirs = getattr(parts, name), getattr(whole, name)
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+# --- around the op ---
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+@each_loss
+def test_compiled_equals_eager(backend, loss):
+    case = sketched(make_case(loss, shape=(2, 7), ignored=0.3, bias=True))
+    torch._dynamo.reset()
+    function = torch.compile(getattr(spf, loss), fullgraph=True, backend="aot_eager")
+    hidden = case.hidden.clone().requires_grad_()
+    value = function(hidden, *case.tensors, **case.options, backend=backend)
+    (gradient,) = torch.autograd.grad(value, hidden, case.upstream)
+    for one, other in zip((value.detach(), gradient), run(case, backend=backend), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck(backend, dtype):
+    case = sketched(make_case("linear_distill", ignored=0.3, dtype=dtype), top_k=5)
+    keep = case.targets != IGNORED
+    sketch = case.tensors[-1]
+    target = sparse_target(sketch, case.targets, alpha=0.5, label_smoothing=0.1)
+    arguments = [case.hidden.clone().requires_grad_(), case.weight, None, *target[:3]]
+    arguments += [sketch.moment, keep, target.label_smoothing, *[None] * 3, 0.0, 0.5, None]
+    arguments += [1.0, 1.0, True, backend, 256.0]
+    torch.library.opcheck(torch.ops.softprompt_fast.token_loss.default, tuple(arguments))
 
 
 # --- what is refused ---
