@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from pathlib import Path
 
-from problems import COMPARISONS, Shape, Tensors, gradient
+from problems import COMPARISONS, Shape, gradient
 
 
 def peak_mib(shape: Shape, loss: str, implementation: str) -> float:
@@ -15,10 +15,11 @@ def peak_mib(shape: Shape, loss: str, implementation: str) -> float:
 
 
 def _measure(shape: Shape, loss: str, implementation: str) -> float:
-    function = COMPARISONS[loss].implementations[implementation]
+    comparison = COMPARISONS[loss]
+    function = comparison.implementations[implementation]
     # code, thread pools and the allocator's first pages are not the step's
-    gradient(function, Tensors.random(Shape(model="warm-up", T=8, D=32, V=64)))
-    tensors = Tensors.random(shape)
+    gradient(function, comparison.tensors(Shape(model="warm-up", T=8, D=32, V=64)))
+    tensors = comparison.tensors(shape)
     Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the high-water mark
     before = _status_mib("VmRSS")
     gradient(function, tensors)

@@ -38,6 +38,7 @@ class Tensors(NamedTuple):
     teacher: Tensor  # [T, D]
     targets: Tensor  # [T]
     weight: Tensor  # [V, D]
+    sketch: spf.TeacherSketch | None = None
 
     @classmethod
     def random(cls, shape: Shape) -> Tensors:
@@ -60,6 +61,10 @@ class Tensors(NamedTuple):
             self.weight.to(dtype),
         )
 
+    def sketched(self) -> Tensors:
+        """With the teacher's sketch, which a training run makes once."""
+        return self._replace(sketch=spf.sketch_teacher(self.teacher, self.weight))
+
 
 Loss = Callable[[Tensors], Tensor]
 
@@ -77,6 +82,11 @@ class Comparison(NamedTuple):
     passes: int
     oracle: Loss
     implementations: dict[str, Loss]
+    sketched: bool = False
+
+    def tensors(self, shape: Shape) -> Tensors:
+        tensors = Tensors.random(shape)
+        return tensors.sketched() if self.sketched else tensors
 
 
 COMPARISONS = {
@@ -95,6 +105,12 @@ COMPARISONS = {
             "softprompt_fast": lambda t: spf.linear_kl(t.hidden, t.weight, t.teacher),
             "PyTorch": materialised_kl,
         },
+    ),
+    "KL, sketch": Comparison(
+        2,
+        lambda t: spf.reference.linear_kl(t.hidden, t.weight, t.teacher),
+        {"softprompt_fast": lambda t: spf.linear_kl(t.hidden, t.weight, t.sketch)},
+        sketched=True,
     ),
 }
 
