@@ -80,9 +80,8 @@ class SoftPromptTrainingArguments(TrainingArguments):
     # The examples are not columns, and a loss that is not finite stops the run instead.
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Not needed here."})
-    # The prompt has a gradient in every step; the rest is frozen, buffers too.
+    # The prompt is all that is trained, and has a gradient in every step.
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Not needed."})
-    ddp_broadcast_buffers: bool | None = field(default=False, metadata={"help": "Not needed."})
 
     def __post_init__(self) -> None:
         for name, allowed in (
