@@ -17,9 +17,6 @@ LossImpl = Literal["fused", "reference"]
 
 
 NOT_SUPPORTED = (
-    # The base stays in evaluation mode, where transformers does not checkpoint activations. (One
-    # option, before and after transformers renamed it.)
-    *("gradient_checkpointing", "activation_checkpointing"),
     # The losses are this package's own.
     "label_smoothing_factor",
     # They round the fp32 prompt, and it stays rounded when training goes on.
@@ -61,6 +58,14 @@ class SoftPromptTrainingArguments(TrainingArguments):
     )
     backend: str = field(default="auto", metadata={"help": "Row kernel of the fused losses."})
     workspace_mib: int = field(default=256, metadata={"help": "Memory of the fused losses."})
+    packing: bool = field(
+        default=True,
+        metadata={"help": "Short sequences share a row, where the model reads them so."},
+    )
+    share_prompt: bool = field(
+        default=True,
+        metadata={"help": "With packing: one copy of the soft prompt in each row is enough."},
+    )
 
     # Soft prompts need steps a hundred times longer than weights do.
     learning_rate: float = field(default=1e-2, metadata={"help": "Peak learning rate."})
@@ -75,6 +80,8 @@ class SoftPromptTrainingArguments(TrainingArguments):
     # The examples are not columns, and a loss that is not finite stops the run instead.
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Not needed here."})
+    # The prompt is all that is trained, and has a gradient in every step.
+    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Not needed."})
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -104,6 +111,11 @@ class SoftPromptTrainingArguments(TrainingArguments):
                 f"(and max_steps={self.max_steps}, which would go first)."
             )
         super().__post_init__()
+        if self.world_size > 1 and not self.average_tokens_across_devices:
+            raise ValueError(
+                "average_tokens_across_devices must be True with several processes: got False, "
+                "with which a token's weight depends on the process that reads it."
+            )
         backends.resolve(self.backend, self.device)
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import unicodedata
 from collections.abc import Iterable
 
@@ -30,15 +31,22 @@ def closest(word: str, known: Iterable[str]) -> str:
 
 
 def say(text: str = "") -> None:
-    _print(Console(), text)
+    if _speaks_for_all():
+        _print(Console(), text)
 
 
 def progress(text: str) -> None:
-    _print(Console(stderr=True), text)
+    if _speaks_for_all():
+        _print(Console(stderr=True), text)
 
 
 def complain(text: str) -> None:
     _print(Console(stderr=True), f"error: {text}")
+
+
+def _speaks_for_all() -> bool:
+    """Of several processes, the first one does; torchrun and accelerate number them so."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _print(console: Console, text: str) -> None:

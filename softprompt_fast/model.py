@@ -2,37 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .activation_checkpointing import check_checkpointing, set_checkpointing
+from .collator import IGNORE, Collator, Packing, TrainingExample
 from .head import OutputHead, check_head, hidden_states, input_embedding, position_limit
+from .packing import attention_mask as mask_of_segments
+from .packing import longest_packed
 from .prompting import Query, student_layout
 from .soft_prompt import SoftPrompt
-from .teacher import Answer
 
-IGNORE = -100
-
-
-@dataclass(kw_only=True, eq=False)
-class TrainingExample:
-    """A query and the answer that the student has to learn."""
-
-    query: Query
-    answer: Answer
-
-    def __post_init__(self) -> None:
-        ids, hidden = self.answer.ids, self.answer.hidden
-        if not ids or (hidden is not None and len(hidden) != len(ids)):
-            raise ValueError(
-                f"{self.query.source or 'query'}: an answer needs at least one token, and one "
-                f"hidden state for each: got {len(ids)} tokens and "
-                f"{'no' if hidden is None else len(hidden)} hidden states."
-            )
+__all__ = ["IGNORE", "Collator", "SoftPromptModel", "TrainingExample", "scaled"]
 
 
 class SoftPromptModel(nn.Module):
@@ -58,8 +42,20 @@ class SoftPromptModel(nn.Module):
     def train(self, mode: bool = True) -> SoftPromptModel:
         """The base stays in evaluation mode: its dropout would make the student another model."""
         super().train(mode)
-        self.base.eval()
+        set_checkpointing(self.base, mode)
         return self
+
+    def activation_checkpointing_enable(self, **options: Any) -> None:
+        """Called by ``transformers.Trainer``. Raises ValueError if the base cannot do it."""
+        self.base.activation_checkpointing_enable(**options)
+        check_checkpointing(self.base)
+        self.train(self.training)
+
+    def gradient_checkpointing_enable(self, **options: Any) -> None:
+        """The same, by the name that earlier versions of transformers call."""
+        self.base.gradient_checkpointing_enable(**options)
+        check_checkpointing(self.base)
+        self.train(self.training)
 
     def check_length(self, query: Query, answer_tokens: int) -> None:
         """Raises ValueError if prompt, query and answer do not fit into the base's positions."""
@@ -73,38 +69,57 @@ class SoftPromptModel(nn.Module):
                 "Lower num_virtual_tokens, or shorten the query or the answer."
             )
 
-    def collator(self, padding_side: str = "right") -> Collator:
-        """For examples that this model reads."""
+    def collator(
+        self, padding_side: str = "right", *, packing: bool = False, share_prompt: bool = True
+    ) -> Collator:
+        """For examples that this model reads.
+
+        packing: examples share rows, and with share_prompt the prompt of a row, as far as the base
+        reads them so with equal results; as if False elsewhere.
+        """
         config = self.prompt.config
+        longest = longest_packed(self.base) if packing else 0
+        width = self.prompt.embedding.shape[1]
         return Collator(
             num_virtual_tokens=config.num_virtual_tokens,
             placement=config.placement,
             padding_side=padding_side,
+            packing=Packing(width=width, longest=longest, share_prompt=share_prompt)
+            if longest
+            else None,
         )
 
     def inputs_embeds(
         self, input_ids: Tensor, prompt_mask: Tensor, *, gradient_scale: float = 1.0
     ) -> Tensor:
-        """Embeddings [B, L, D] in the base's dtype, with the prompt where ``prompt_mask`` is True.
+        """Embeddings [R, L, D] in the base's dtype, with the prompt where ``prompt_mask`` is True.
 
-        prompt_mask: [B, L], P positions in each row. gradient_scale: of the prompt's gradient.
+        prompt_mask: [R, L], P positions for each copy of the prompt. gradient_scale: of its
+        gradient.
         """
         embeds = input_embedding(self.base)(input_ids)
         prompt = scaled(self.prompt.embedding, value=1.0, gradient=gradient_scale)
-        # Expanded before it is rounded: the rows' gradients are added up in fp32.
-        prompt = prompt.expand(len(input_ids), -1, -1).to(embeds.dtype)
+        # Expanded before it is rounded: the copies' gradients are added up in fp32.
+        copies = int(prompt_mask.sum()) // len(prompt)
+        prompt = prompt.expand(copies, -1, -1).to(embeds.dtype)
         return embeds.masked_scatter(prompt_mask.unsqueeze(-1), prompt)
 
     def forward(
         self,
         input_ids: Tensor,
         prompt_mask: Tensor,
-        attention_mask: Tensor,
         position_ids: Tensor,
         labels: Tensor,
+        attention_mask: Tensor | None = None,
+        segment_ids: Tensor | None = None,
         gradient_scale: float = 1.0,
     ) -> Tensor:
-        """Hidden states [T, D] at the T positions that carry a label, row by row. No logits."""
+        """Hidden states [T, D] at the T positions that carry a label, row by row. No logits.
+
+        One of attention_mask and segment_ids, as ``Collator`` makes them.
+        """
+        if segment_ids is not None:
+            attention_mask = mask_of_segments(self.base, segment_ids)
         hidden = hidden_states(
             self.base,
             inputs_embeds=self.inputs_embeds(input_ids, prompt_mask, gradient_scale=gradient_scale),
@@ -129,63 +144,3 @@ class _Scaled(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return grad * ctx.gradient, None, None
-
-
-@dataclass(kw_only=True, frozen=True)
-class Collator:
-    """Training examples -> one padded batch for ``SoftPromptModel``."""
-
-    num_virtual_tokens: int
-    placement: str
-    padding_side: str = "right"
-
-    def __post_init__(self) -> None:
-        if self.padding_side not in ("left", "right"):
-            raise ValueError(f"padding_side must be left or right: got {self.padding_side!r}.")
-
-    def __call__(self, examples: Sequence[TrainingExample]) -> dict[str, Any]:
-        """input_ids, prompt_mask, attention_mask, position_ids, labels: [B, L];
-        teacher_hidden: [T, D], in the order of the labels, if it was recorded; sources: B names.
-
-        labels hold the answer's token ids at the positions that predict them, -100 elsewhere.
-        """
-        rows = [self._row(example) for example in examples]
-        batch: dict[str, Any] = {
-            name: self._pad([row[name] for row in rows], fill)
-            for name, fill in (
-                ("input_ids", 0),
-                ("prompt_mask", False),
-                ("attention_mask", 0),
-                ("position_ids", 0),
-                ("labels", IGNORE),
-            )
-        }
-        hidden = [e.answer.hidden for e in examples if e.answer.hidden is not None]
-        if len(hidden) == len(examples):
-            batch["teacher_hidden"] = torch.cat(hidden)
-        batch["sources"] = [example.query.source for example in examples]
-        return batch
-
-    def _row(self, example: TrainingExample) -> dict[str, Tensor]:
-        before, after = student_layout(example.query, self.placement)
-        answer = example.answer.ids
-        P = self.num_virtual_tokens
-        # The last token of the answer predicts nothing that is asked for.
-        ids = before + [0] * P + after + answer[:-1]
-        length = len(ids)
-        labels = torch.full((length,), IGNORE)
-        labels[length - len(answer) :] = torch.tensor(answer)
-        prompt_mask = torch.zeros(length, dtype=torch.bool)
-        prompt_mask[len(before) : len(before) + P] = True
-        return {
-            "input_ids": torch.tensor(ids),
-            "prompt_mask": prompt_mask,
-            "attention_mask": torch.ones(length, dtype=torch.long),
-            "position_ids": torch.arange(length),
-            "labels": labels,
-        }
-
-    def _pad(self, rows: list[Tensor], fill: int | bool) -> Tensor:
-        return nn.utils.rnn.pad_sequence(
-            rows, batch_first=True, padding_value=fill, padding_side=self.padding_side
-        )

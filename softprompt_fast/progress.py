@@ -36,5 +36,5 @@ class TrainingProgress(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         values = [f"{text} {logs[name]:.4g}" for name, text in SHOWN.items() if name in logs]
-        if values:
+        if values and state.is_world_process_zero:
             tqdm.write(f"step {state.global_step}: {', '.join(values)}")

@@ -34,9 +34,11 @@ class RunDirectory:
         *,
         inputs: dict[str, Any],
         overwrite: bool,
+        owner: bool = True,
     ):
         """options: what decides the result of the run; a run with others is not continued.
         inputs: where the model and the data are, for the commands that come after. JSON values.
+        owner: False in all processes of a run but one: they read, and write nothing.
 
         Raises OSError if the directory cannot be written to, and ValueError if it is in use, holds
         something else, or holds a run with other options (unless ``overwrite``).
@@ -45,9 +47,11 @@ class RunDirectory:
         self.options = options
         self.inputs = inputs
         self.overwrite = overwrite
-        _make_writable(self.path)
-        self._check_free()
-        self._lock = _lock(self.path)
+        self.owner = owner
+        if owner:
+            _make_writable(self.path)
+            self._check_free()
+            self._lock = _lock(self.path)
         self._check_options()
 
     @property
@@ -57,6 +61,8 @@ class RunDirectory:
 
     def start(self) -> None:
         """Take the directory for this run; with ``overwrite``, an earlier run goes only now."""
+        if not self.owner:
+            return
         for temporary in leftovers(self.path, (RUN_FILE, *RESULT_FILES)):
             temporary.unlink()
         if self.overwrite:
@@ -69,7 +75,8 @@ class RunDirectory:
 
     def finish(self, **facts: Any) -> None:
         """The prompt is saved: the same command has nothing left to do."""
-        self._write("finished", **facts)
+        if self.owner:
+            self._write("finished", **facts)
 
     def _check_free(self) -> None:
         ours = {LOCK_FILE, *(path.name for path in leftovers(self.path, [RUN_FILE]))}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 
 from .console import progress
@@ -40,6 +41,11 @@ class StopOnSignal(TrainerCallback):
         self.is_training = False
 
     def on_step_end(self, args, state, control, **kwargs):
+        if args.world_size > 1:
+            # A signal may reach the processes in different steps; they have to stop after one.
+            received = torch.tensor(self.received or 0, device=args.device)
+            torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
+            self.received = int(received) or None
         if self.received is not None:
             control.should_save = control.should_training_stop = True
 

@@ -49,7 +49,11 @@ class TrainOptions:
     )
     teacher_batch_size: int = field(default=16, metadata={"help": "Queries answered at a time."})
     dtype: str = field(
-        default="auto", metadata={"help": "auto (the checkpoint's own), float32, bfloat16, float16"}
+        default="auto",
+        metadata={
+            "help": "auto (the checkpoint's own; float32 where the device only emulates it), "
+            "float32, bfloat16, float16"
+        },
     )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run Python code that the model's repository brings."}
@@ -103,18 +107,22 @@ def train(
     for name, digest in digests.items():
         if inputs[name] is not None:
             decisive[f"{name}_sha256"] = digest.hexdigest()
-    directory = RunDirectory(
-        args.output_dir or "",
-        decisive,
-        inputs=inputs,
-        overwrite=options.overwrite_output_dir,
-    )
+    is_first_process = args.process_index == 0
+    with args.main_process_first(local=False):
+        directory = RunDirectory(
+            args.output_dir or "",
+            decisive,
+            inputs=inputs,
+            overwrite=options.overwrite_output_dir,
+            owner=is_first_process,
+        )
     if directory.is_finished:
         say(f"{directory.path} holds the soft prompt of this run: nothing is left to train.")
         say("Pass --overwrite_output_dir to train anew.")
         return 0
 
     args.dataloader_pin_memory = args.device.type == "cuda"  # elsewhere it is a mere warning
+    args.disable_tqdm = args.disable_tqdm or not is_first_process
     set_seed(args.seed)
     model, tokenizer = load_model(
         options.model,
@@ -122,6 +130,7 @@ def train(
         device=args.device,
         trust_remote_code=options.trust_remote_code,
     )
+    progress(f"The model computes in {str(model.dtype).removeprefix('torch.')} on {model.device}")
     prompt = SoftPrompt.from_model(model, tokenizer, config, context or records[0].context)
     teacher = Teacher(
         model,
@@ -143,6 +152,7 @@ def train(
         callbacks=[stop],
     )
     directory.start()
+    trainer.accelerator.wait_for_everyone()
     return _run(trainer, prompt, directory, stop, anew=options.overwrite_output_dir)
 
 
@@ -178,7 +188,8 @@ def _run(
         restarts = anew or trainer.args.resume_from_checkpoint
         say(f"The same command{f' without --{flag}' if restarts else ''} goes on from there.")
         return stop.exit_code
-    prompt.save_pretrained(directory.path)
+    if trainer.args.should_save:
+        prompt.save_pretrained(directory.path)
     directory.finish(
         objective=trainer.args.objective,
         steps=step,

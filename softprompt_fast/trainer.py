@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Trainer
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from . import losses, reference
 from .arguments import SoftPromptTrainingArguments
@@ -28,6 +28,7 @@ from .checkpoints import (
 )
 from .examples import check_examples
 from .model import IGNORE, SoftPromptModel, TrainingExample, scaled
+from .sharding import shared_loader
 from .soft_prompt import SoftPrompt
 
 Datasets = Sequence[TrainingExample] | dict[str, Sequence[TrainingExample]]
@@ -63,7 +64,10 @@ class SoftPromptTrainer(Trainer):
         for name, dataset in {"train_dataset": train_dataset, **several}.items():
             if dataset is not None:
                 check_examples(name, dataset, model, args)
-        options.setdefault("data_collator", model.collator())
+        options.setdefault(
+            "data_collator",
+            model.collator(packing=args.packing, share_prompt=args.share_prompt),
+        )
         super().__init__(
             model=model,
             args=args,
@@ -111,25 +115,51 @@ class SoftPromptTrainer(Trainer):
         loss = scaled(total, value=scale, gradient=1.0)
         return (loss, {"loss": loss}) if return_outputs else loss
 
-    def prediction_step(
-        self,
-        model: torch.nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor, None, None]:
-        """The Trainer averages this over examples; so scaled, that is the mean over tokens."""
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad():
-            total = self._summed_loss(model, inputs)
-        return total / (len(inputs["labels"]) * self._tokens_per_example), None, None
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """With several processes, each takes its share of the batches that one would read."""
+        args = self.args
+        if args.world_size == 1:
+            return super().get_train_dataloader()
+        return shared_loader(
+            cast(Any, self.train_dataset),
+            self._get_train_sampler(),
+            self.data_collator,
+            args,
+            self.accelerator,
+        )
 
-    def evaluation_loop(self, dataloader: DataLoader[Any], *args: Any, **options: Any) -> Any:
-        dataset = cast(Sequence[TrainingExample], dataloader.dataset)
-        check_examples("eval_dataset", dataset, self.model, self.args)
-        tokens = [len(example.answer.ids) for example in dataset]
-        self._tokens_per_example = sum(tokens) / len(tokens)
-        return super().evaluation_loop(dataloader, *args, **options)
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """The mean over all answer tokens of the dataset, each read by one of the processes."""
+        args, dataset = self.args, cast(Sequence[TrainingExample], dataloader.dataset)
+        check_examples("eval_dataset", dataset, self.model, args)
+        self.callback_handler.eval_dataloader = dataloader
+        was_training = self.model.training
+        self.model.eval()
+        own = [dataset[i] for i in range(args.process_index, len(dataset), args.world_size)]
+        total = tokens = 0.0
+        for start in range(0, len(own), args.eval_batch_size):
+            batch = self.data_collator(cast(Any, own[start : start + args.eval_batch_size]))
+            inputs = cast(dict[str, Any], self._prepare_inputs(batch))
+            with torch.no_grad():
+                total += self._summed_loss(self.model, inputs).item()
+            tokens += int((inputs["labels"] != IGNORE).sum())
+            self.control = self.callback_handler.on_prediction_step(args, self.state, self.control)
+        self.model.train(was_training)
+        sums = self.accelerator.gather(torch.tensor([[total, tokens]], device=args.device))
+        total, tokens = cast(Tensor, sums).double().sum(dim=0).tolist()
+        return EvalLoopOutput(
+            predictions=cast(Any, None),
+            label_ids=None,
+            metrics={f"{metric_key_prefix}_loss": total / tokens},
+            num_samples=len(dataset),
+        )
 
     def _summed_loss(
         self, model: torch.nn.Module, inputs: dict[str, Any], gradient_scale: float = 1.0
@@ -142,7 +172,8 @@ class SoftPromptTrainer(Trainer):
         sources = inputs.pop("sources")
         teacher = inputs.pop("teacher_hidden", None)
         labels = inputs["labels"]
-        hidden = model(**inputs, gradient_scale=gradient_scale)
+        with self.accelerator.autocast():
+            hidden = model(**inputs, gradient_scale=gradient_scale)
         total = self._objective(hidden, labels[labels != IGNORE], teacher)
         if not torch.isfinite(total):
             raise FloatingPointError(

@@ -386,7 +386,6 @@ def test_several_evaluation_sets_are_told_apart_by_their_names(tmp_path):
         (dict(beta=-0.1), r"beta must be in \[0, 1\]: got -0.1"),
         (dict(temperature=0.0), "temperature must be a finite number above 0: got 0.0"),
         (dict(temperature=math.inf), "temperature must be a finite number above 0: got inf"),
-        (dict(gradient_checkpointing=True), "gradient_checkpointing is not supported: got True"),
         (dict(label_smoothing_factor=0.1), "label_smoothing_factor is not supported: got 0.1"),
         (dict(neftune_noise_alpha=5.0), "neftune_noise_alpha is not supported: got 5.0"),
         (dict(bf16_full_eval=True), "bf16_full_eval is not supported: got True"),

@@ -1,0 +1,165 @@
+"""Packing: sequences that share a row, and its prompt, are read as if each were alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_trainer import make_trainer, trained
+from toy import ARCHITECTURES, PADDING_SENSITIVE, VOCAB, WINDOW, make_model
+
+from softprompt_fast.collator import Packing
+from softprompt_fast.model import SoftPromptModel, TrainingExample
+from softprompt_fast.packing import longest_packed, pack
+from softprompt_fast.prompting import Query
+from softprompt_fast.soft_prompt import SoftPrompt, SoftPromptConfig
+from softprompt_fast.teacher import Answer
+
+P = 4
+# Tokens of the query and of the answer; together with before and P they fit into WINDOW.
+SIZES = [(3, 2), (9, 1), (1, 8), (5, 5), (2, 1)]
+WIDE = 10**6  # attention costs nothing: all in one row
+NEVER = {"falcon_h1", *PADDING_SENSITIVE}
+
+
+def make_examples(befores=((7, 8),)) -> list[TrainingExample]:
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(n):
+        return torch.randint(1, VOCAB, (n,), generator=generator).tolist()
+
+    return [
+        TrainingExample(
+            query=Query(
+                before=list(befores[number % len(befores)]),
+                context=ids(3),
+                after=ids(asked),
+                plain=ids(asked + 1),
+                source=f"example {number}",
+            ),
+            answer=Answer(ids=ids(answered), hidden=torch.full((answered, 1), float(number))),
+        )
+        for number, (asked, answered) in enumerate(SIZES)
+    ]
+
+
+def make_student(architecture="llama", *, dtype=torch.float32, placement="system"):
+    model = make_model(architecture, dtype=dtype)
+    config = SoftPromptConfig(num_virtual_tokens=P, prompt_tuning_init="vocab", placement=placement)
+    return SoftPromptModel(model, SoftPrompt.from_model(model, None, config))
+
+
+def packed_in_one_row(collator, **changes):
+    return replace(collator, packing=replace(collator.packing, width=WIDE, **changes))
+
+
+def hidden_and_gradient(student, batch, direction):
+    """Hidden states of each example by its name, and the prompt's gradient."""
+    sources = batch["sources"]
+    inputs = {k: v for k, v in batch.items() if k not in ("sources", "teacher_hidden")}
+    student.prompt.embedding.grad = None
+    hidden = student(**inputs)
+    numbers = batch["teacher_hidden"][:, 0]  # each token's example: it goes by the labels' order
+    states = {s: hidden[numbers == float(s.split()[1])] for s in sorted(sources)}
+    sum((states[s] * direction[s]).sum() for s in states).backward()
+    return {s: h.detach() for s, h in states.items()}, student.prompt.embedding.grad
+
+
+def assert_read_alike(student, examples, packed, **tolerance):
+    width = student.prompt.embedding.shape[1]
+    direction = {e.query.source: torch.randn(len(e.answer.ids), width) for e in examples}
+    plain = student.collator()(examples)
+    assert "attention_mask" in plain and "segment_ids" not in plain
+    torch.testing.assert_close(
+        hidden_and_gradient(student, packed, direction),
+        hidden_and_gradient(student, plain, direction),
+        **tolerance,
+    )
+
+
+@pytest.mark.parametrize("share_prompt", [True, False], ids=["shared", "own"])
+@pytest.mark.parametrize("placement", ["system", "prefix"])
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES.keys() - NEVER))
+def test_a_packed_row_is_read_as_its_sequences_are(architecture, placement, share_prompt):
+    student, examples = make_student(architecture, placement=placement), make_examples()
+    collator = packed_in_one_row(student.collator(packing=True), share_prompt=share_prompt)
+    batch = collator(examples)
+    assert batch["segment_ids"].shape[0] == 1
+    assert batch["prompt_mask"].sum() == (P if share_prompt else P * len(examples))
+    assert_read_alike(student, examples, batch, rtol=1e-4, atol=1e-4)
+
+
+def test_eager_attention_takes_the_mask_as_numbers():
+    student, examples = make_student(), make_examples()
+    student.base.set_attn_implementation("eager")
+    batch = packed_in_one_row(student.collator(packing=True))(examples)
+    assert_read_alike(student, examples, batch, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+def test_prompts_that_stand_behind_other_tokens_are_not_shared(padding_side):
+    student, examples = make_student(), make_examples(befores=[(7, 8), (7, 9), ()])
+    collator = packed_in_one_row(student.collator(padding_side, packing=True))
+    batch = collator(examples)
+    assert batch["segment_ids"].shape[0] == 3
+    assert batch["prompt_mask"].sum() == 3 * P
+    assert_read_alike(student, examples, batch, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", sorted(NEVER))
+def test_a_model_that_cannot_read_packed_rows_gets_plain_ones(architecture):
+    student = make_student(architecture)
+    assert longest_packed(student.base) == 0
+    assert "attention_mask" in student.collator(packing=True)(make_examples())
+
+
+@pytest.mark.parametrize("architecture", ["mistral", "gemma2", "gemma3"])
+def test_a_sequence_that_leaves_the_sliding_window_is_not_packed(architecture):
+    student, examples = make_student(architecture), make_examples()
+    collator = student.collator(packing=True)
+    assert collator.packing.longest == WINDOW
+    assert "segment_ids" in collator(examples)
+    opening, answer = 2 + P, len(examples[0].answer.ids) - 1
+    for length, is_packed in ((WINDOW, True), (WINDOW + 1, False)):
+        query = replace(examples[0].query, after=[5] * (length - opening - answer))
+        long = TrainingExample(query=query, answer=examples[0].answer)
+        batch = packed_in_one_row(collator)([long, *examples[1:]])
+        assert ("segment_ids" in batch) == is_packed
+        if is_packed:
+            assert_read_alike(student, [long, *examples[1:]], batch, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_are_split_where_attention_would_cost_more_than_it_saves():
+    lengths = [100, 90, 80, 10, 10, 10]
+
+    def cost(rows, width):
+        longest = max(16 + sum(lengths[i] for i in row) for row in rows)
+        return len(rows) * longest * (3 * width + longest)
+
+    alone = [[i] for i in range(len(lengths))]
+    for width in (1, 8, 64, 4096):
+        rows = pack(lengths, 16, width)
+        assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+        assert cost(rows, width) <= min(cost(alone, width), cost([sum(alone, [])], width))
+    assert len(pack(lengths, 16, 4096)) == 1 and len(pack(lengths, 16, 8)) == 3
+
+
+@pytest.mark.parametrize("impl", ["fused", "reference"])
+@pytest.mark.parametrize("objective", ["nll", "kl", "mix"])
+def test_packed_training_is_plain_training(tmp_path, objective, impl):
+    # Plain SGD shows a gradient of the wrong size; Adam would hide it.
+    options = dict(objective=objective, loss_impl=impl, optim="sgd", learning_rate=0.5)
+    plain = trained(make_trainer(tmp_path, packing=False, **options))
+    for share_prompt in (True, False):
+        trainer = make_trainer(tmp_path, share_prompt=share_prompt, **options)
+        trainer.data_collator = packed_in_one_row(trainer.data_collator)
+        assert trainer.data_collator.packing.share_prompt is share_prompt
+        torch.testing.assert_close(trained(trainer), plain, rtol=1e-4, atol=1e-5)
+
+
+def test_packing_is_on_by_default_and_can_be_turned_off(tmp_path):
+    assert make_trainer(tmp_path).data_collator.packing == Packing(
+        width=32, longest=float("inf"), share_prompt=True
+    )
+    assert make_trainer(tmp_path, packing=False).data_collator.packing is None
