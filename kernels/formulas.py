@@ -1,10 +1,11 @@
 """The formulas of the Triton kernels, one vocabulary entry at a time.
 
 The same mathematics as ``softprompt_fast/divergences.py`` and ``logit_transform.py``, where its
-choices are explained. Every function is elementwise: a scalar, a row's block or a tile.
+choices are explained. A function is elementwise, for a scalar, a row's block or a tile, unless it
+gives its shapes.
 
 Legend: z finished logit, p teacher, q student, d = log q - log p, m the mixture beta p + rest q
-with rest = 1 - beta.
+with rest = 1 - beta. For targets and masses see ``softprompt_fast/problem.py``.
 """
 
 import math
@@ -173,12 +174,67 @@ def log_likelihood(top, total, others, z_target):
 
 
 @triton.jit
-def nll_slope(log_q, is_target, missing, label_smoothing, uniform):
-    """d nll / dz; at the target q - 1 comes as -missing."""
-    at_target, elsewhere = -missing, tl.exp(log_q)
+def load_masses(masses, row, K, ENTRIES: tl.constexpr):
+    """The tail's mass, those of the more targets [ENTRIES], 0 beyond K, and the sum of all."""
+    entries = tl.arange(0, ENTRIES)
+    masses += row * (1 + K)
+    tail = tl.load(masses)
+    mass = tl.load(masses + 1 + entries, mask=entries < K, other=0.0)
+    return tail, mass, tail + tl.sum(mass, 0)
+
+
+@triton.jit
+def known(z_target, mass, z):
+    """z_target, or NaN where an entry with mass is NaN: outside the vocabulary.    mass, z [N]"""
+    unknown = tl.where((mass > 0) & (z != z), 1, 0)
+    return tl.where(tl.sum(unknown, 0) > 0, float("nan"), z_target)
+
+
+@triton.jit
+def spread(nll, z_target, tail, mass, z):
+    """Cross-entropy with a part of the target's 1 on the tail and on more entries.    mass, z [N]
+
+    All measured from z_target: what p is sure of is exact.
+    """
+    terms = tl.where(mass > 0, mass * (z - z_target), 0.0)
+    more = tail * z_target - tl.sum(terms, 0)
+    return tl.where(z_target == MINUS_INFINITY, nll, nll + more)
+
+
+@triton.jit
+def even_share(label_smoothing, V):
+    """What every entry of the vocabulary has of label_smoothing."""
+    share = 0.0
     if label_smoothing is not None:
-        at_target, elsewhere = at_target + (label_smoothing - uniform), elsewhere - uniform
-    return tl.where(is_target, at_target, elsewhere)
+        share = label_smoothing / V
+    return share
+
+
+@triton.jit
+def entry_slope(log_q, mass, uniform):
+    """d nll / dz of an entry that is not the target."""
+    return (tl.exp(log_q) - mass) - uniform
+
+
+@triton.jit
+def nll_slope(log_q, is_target, missing, rest, uniform):
+    """d nll / dz. rest: what the target leaves to others; None: nothing.
+
+    At the target q - (1 - rest) comes as rest - missing.
+    """
+    at_target = -missing
+    if rest is not None:
+        at_target += rest - uniform
+    return tl.where(is_target, at_target, entry_slope(log_q, 0.0, uniform))
+
+
+@triton.jit
+def nll_bound(missing, rest):
+    """What no |d nll / dz| exceeds: q has ``missing`` beside the target, and t has ``rest``."""
+    bound = missing
+    if rest is not None:
+        bound = tl.maximum(missing, rest)
+    return bound
 
 
 @triton.jit
@@ -211,6 +267,12 @@ def transform_numbers(softcap, logit_scale, temperature):
 def mixture_numbers(beta):
     """(beta, rest, log_rest) of a divergence, from double: rest keeps its digits."""
     return beta, 1 - beta, math.log1p(-beta) if beta < 1 else -math.inf
+
+
+def entry_numbers(more_targets):
+    """(K, ENTRIES): how many there are, and a power of two that holds them."""
+    K = 0 if more_targets is None else more_targets.shape[1]
+    return K, triton.next_power_of_2(max(K, 1))
 
 
 def divergence_of(beta):

@@ -8,7 +8,7 @@ The gradient may be written over the logits it comes from, 16-bit numbers into t
 their row: a block's gradient lies over blocks that have been read, or over its own, which has been
 read by all threads when the barrier is passed.
 
-Legend: C rows, V vocabulary, z finished logit, q student, p teacher.
+Legend: C rows, V vocabulary, K more targets, z finished logit, q student, p teacher.
 """
 
 import triton
@@ -19,14 +19,21 @@ from .formulas import (
     add_entry,
     chain,
     divergence_of,
+    entry_numbers,
+    entry_slope,
+    even_share,
     finish,
     fp16_exponent,
+    known,
+    load_masses,
     log_likelihood,
     merge,
     mixture_numbers,
+    nll_bound,
     nll_slope,
     power_of_two,
     smooth,
+    spread,
     transform_numbers,
 )
 
@@ -49,7 +56,7 @@ def load_block(row, columns, V, bias, scale, cap):
 
 @triton.jit
 def load_entry(row, column, V, bias, scale, cap):
-    """z of one entry, NaN outside the vocabulary."""
+    """z of single entries, NaN outside the vocabulary."""
     inside = (column >= 0) & (column < V)
     raw = tl.load(row + column, mask=inside, other=0.0)
     if bias is not None:
@@ -64,9 +71,12 @@ def sparse_target_rows_kernel(
     loss,
     unscale,
     targets,
+    more_targets,
+    masses,
     keep,
     bias,
     V,
+    K,
     stride,
     dz_stride,
     label_smoothing,
@@ -74,8 +84,12 @@ def sparse_target_rows_kernel(
     cap,
     slope,
     BLOCK: tl.constexpr,
+    ENTRIES: tl.constexpr,
 ):
-    """logits [C, V], targets [C] -> loss [C], dz [C, V] (None: loss only), unscale [C]."""
+    """logits [C, V], targets [C] -> loss [C], dz [C, V] (None: loss only), unscale [C].
+
+    more_targets [C, K], masses [C, 1 + K], or both None.
+    """
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     lanes = tl.arange(0, BLOCK)
@@ -85,6 +99,12 @@ def sparse_target_rows_kernel(
 
     target = tl.load(targets + row)
     z_target = load_entry(logits, target, stop, bias, scale, cap)
+    if masses is not None:
+        tail, mass, mass_sum = load_masses(masses, row, K, ENTRIES)
+        entries = row * K + tl.arange(0, ENTRIES)
+        ids = tl.load(more_targets + entries, mask=mass > 0, other=-1)
+        z_more = load_entry(logits, ids, stop, bias, scale, cap)
+        z_target = known(z_target, mass, z_more)
     top = tl.full([BLOCK], MINUS_INFINITY, tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     others = tl.zeros([BLOCK], tl.float32)
@@ -98,28 +118,36 @@ def sparse_target_rows_kernel(
         top, total, others = add_entry(top, total, others, z, is_other)
     top, total, others = merge(top, total, others)
     log_sum, nll, missing = log_likelihood(top, total, others, z_target)
-    uniform = 0.0
-    bound = missing * tl.abs(slope)
+    rest = label_smoothing
+    uniform = even_share(label_smoothing, V)
     if label_smoothing is not None:
-        uniform = label_smoothing / V
         nll = smooth(nll, top + log_sum, tl.sum(sum_z, 0), V, label_smoothing)
-        bound += label_smoothing * tl.abs(slope)
+    if masses is not None:
+        nll = spread(nll, z_target, tail, mass, z_more)
+        rest = mass_sum
+        if label_smoothing is not None:
+            rest += label_smoothing
     one = tl.arange(0, 1)
     tl.store(loss + row + one, tl.where(stop == 0, 0.0, nll))
 
     if dz is not None:
         dz += row * dz_stride
         if unscale is not None:
-            exponent = fp16_exponent(bound)
+            exponent = fp16_exponent(nll_bound(missing, rest) * tl.abs(slope))
             slope *= power_of_two(exponent)
             tl.store(unscale + row + one, power_of_two(-exponent))
         for start in range(0, V, BLOCK):
             columns = start + lanes
             z = load_block(logits, columns, stop, bias, scale, cap)
             tl.debug_barrier()
-            g = nll_slope((z - top) - log_sum, columns == target, missing, label_smoothing, uniform)
+            g = nll_slope((z - top) - log_sum, columns == target, missing, rest, uniform)
             g = tl.where(columns < stop, chain(g, z, slope, cap), 0.0)
             tl.store(dz + columns, g.to(dz.dtype.element_ty), mask=columns < V)
+        if masses is not None:
+            # q - t before it is rounded
+            g = chain(entry_slope((z_more - top) - log_sum, mass, uniform), z_more, slope, cap)
+            tl.debug_barrier()
+            tl.store(dz + ids, g.to(dz.dtype.element_ty), mask=(ids >= 0) & (ids < stop))
 
 
 @triton.jit
@@ -192,11 +220,10 @@ def divergence_rows_kernel(
     log_sum, log_sum_p = tl.log(total), tl.log(total_p)
     nll = tl.zeros([1], tl.float32)
     missing = tl.zeros([1], tl.float32)
-    uniform = 0.0
+    uniform = even_share(label_smoothing, V)
     if targets is not None:
         log_sum, nll, missing = log_likelihood(top, total, others, z_target)
         if label_smoothing is not None:
-            uniform = label_smoothing / V
             nll = smooth(nll, top + log_sum, tl.sum(sum_z, 0), V, label_smoothing)
     z_peak = load_entry(logits, peak, stop, bias, scale, cap)
     z_peak_p = load_entry(teacher_logits, peak, stop, teacher_bias, scale, cap)
@@ -225,9 +252,7 @@ def divergence_rows_kernel(
         if unscale is not None:
             # forward KL's slopes are at most 1
             bound = tl.max(largest, 0) + tl.abs(slope_sum) if MEASURE else slope_sum + 1
-            bound = alpha * bound + nll_weight * missing
-            if label_smoothing is not None:
-                bound += nll_weight * label_smoothing
+            bound = alpha * bound + nll_weight * nll_bound(missing, label_smoothing)
             exponent = fp16_exponent(bound * tl.abs(slope))
             slope *= power_of_two(exponent)
             tl.store(unscale + row + one, power_of_two(-exponent))
@@ -271,6 +296,8 @@ def sparse_target_rows_(
     loss,
     dz,
     *,
+    more_targets=None,
+    masses=None,
     keep=None,
     bias=None,
     label_smoothing=0.0,
@@ -279,15 +306,17 @@ def sparse_target_rows_(
     temperature=1.0,
     unscale=None,
 ) -> None:
-    """Cross-entropy of softmax rows with one target each, and its gradient.
+    """Cross-entropy of softmax rows with few targets each, and its gradient.
 
     logits [C, V] fp32, raw products of the head    targets [C] int64    bias [V] or None
+    more_targets [C, K] int64 and masses [C, 1 + K] fp32 as in ``Problem``, or both None
     keep [C] bool or None: rows where it is False get loss 0 and gradient 0, whatever they hold
     loss [C] fp32, written    dz [C, V], written in its own dtype, or None; it may start where
     logits starts    unscale [C] fp32, written: row r of dz holds its gradient / unscale[r], a
     power of two that keeps fp16 in range. A target outside the vocabulary makes its row NaN.
     """
     C, V = logits.shape
+    K, entries = entry_numbers(more_targets)
     scale, cap, slope = transform_numbers(softcap, logit_scale, temperature)
     if C:
         sparse_target_rows_kernel[(C,)](
@@ -296,9 +325,12 @@ def sparse_target_rows_(
             loss,
             unscale,
             targets,
+            more_targets,
+            masses,
             keep,
             bias,
             V,
+            K,
             logits.stride(0),
             0 if dz is None else dz.stride(0),
             label_smoothing or None,
@@ -306,6 +338,7 @@ def sparse_target_rows_(
             cap,
             slope,
             BLOCK=BLOCK,
+            ENTRIES=entries,
             **COMPILED,
         )
 

@@ -3,16 +3,19 @@
 Tiles of logits live in registers, and are computed again wherever they are needed:
 
     statistics    every part of the vocabulary: running softmax, most probable entry   x streams
+    entries       the logits of more targets                             (with masses only)
     finish        the parts of a row as one
     measure       every part: sums of values and slopes                  (with a teacher only)
     finish_sums   the parts of a row as one
     gradient      a strip of the vocabulary: dz, in the head's dtype
+    masses        dz of more targets in the strip                        (with masses only)
     accumulate    dh += dz @ head, strip after strip
 
 A row's numbers meet in an order that only the vocabulary decides: not the rows beside it, not the
 memory. Every output has one writer, and nothing waits for another program.
 
-Legend: T tokens, D hidden width, V vocabulary, z finished logit, q student, p teacher.
+Legend: T tokens, D hidden width, V vocabulary, K more targets, z finished logit, q student,
+p teacher.
 """
 
 import triton
@@ -21,16 +24,22 @@ import triton.language as tl
 from .formulas import (
     MINUS_INFINITY,
     chain,
+    entry_slope,
+    even_share,
     finish,
     finite_top,
     forward_kl,
     fp16_exponent,
+    known,
+    load_masses,
     log_likelihood,
     merge,
+    nll_bound,
     nll_slope,
     power_of_two,
     reverse_kl,
     smooth,
+    spread,
 )
 
 # Parts of the vocabulary with statistics of their own.
@@ -44,9 +53,10 @@ LOG_SUM_P = tl.constexpr(3)
 D_PEAK = tl.constexpr(4)  # log q - log p of the student's most probable entry
 NLL = tl.constexpr(5)
 MISSING = tl.constexpr(6)  # 1 - q of the target
-SLOPE_SUM = tl.constexpr(7)
-FACTOR = tl.constexpr(8)  # of dz, a power of two
-STATISTICS = 9
+REST = tl.constexpr(7)  # what the target leaves to others
+SLOPE_SUM = tl.constexpr(8)
+FACTOR = tl.constexpr(9)  # of dz, a power of two
+STATISTICS = 10
 
 
 @triton.jit
@@ -139,18 +149,47 @@ def statistics_kernel(
 
 
 @triton.jit
-def logit(hidden, weight, bias, row, column, D, scale, cap, DEPTH: tl.constexpr):
-    """z of one entry."""
+def logits_of(hidden, weight, bias, row, columns, V, D, scale, cap, DEPTH: tl.constexpr):
+    """z of a few entries of one row, NaN outside the vocabulary.    columns [N] -> [N]"""
     depth = tl.arange(0, DEPTH)
-    raw = tl.zeros([DEPTH], tl.float32)
+    present = (columns >= 0) & (columns < V)
+    hidden += row.to(tl.int64) * D + depth
+    weight += columns.to(tl.int64)[:, None] * D + depth[None, :]
+    raw = tl.zeros([columns.shape[0], DEPTH], tl.float32)
     for start in range(0, D, DEPTH):
         inside = start + depth < D
-        h = tl.load(hidden + row.to(tl.int64) * D + start + depth, mask=inside, other=0.0)
-        w = tl.load(weight + column.to(tl.int64) * D + start + depth, mask=inside, other=0.0)
-        raw += h.to(tl.float32) * w.to(tl.float32)
+        h = tl.load(hidden + start, mask=inside, other=0.0)
+        w = tl.load(weight + start, mask=present[:, None] & inside[None, :], other=0.0)
+        raw += h.to(tl.float32)[None, :] * w.to(tl.float32)
     if bias is not None:
-        bias = tl.load(bias + column)
-    return finish(tl.sum(raw, 0), bias, scale, cap)
+        bias = tl.load(bias + columns, mask=present, other=0.0)
+    return tl.where(present, finish(tl.sum(raw, 1), bias, scale, cap), float("nan"))
+
+
+@triton.jit
+def entries_kernel(
+    hidden,
+    weight,
+    bias,
+    more_targets,
+    masses,
+    z_more,
+    V,
+    D,
+    K,
+    scale,
+    cap,
+    ENTRIES: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """more_targets [T, K], masses [T, 1 + K] -> z_more [T, K]; NaN where nothing is looked at."""
+    row = tl.program_id(0).to(tl.int64)
+    entries = tl.program_id(1) * ENTRIES + tl.arange(0, ENTRIES)
+    inside = entries < K
+    mass = tl.load(masses + row * (1 + K) + 1 + entries, mask=inside, other=0.0)
+    ids = tl.load(more_targets + row * K + entries, mask=mass > 0, other=-1)
+    z = logits_of(hidden, weight, bias, row, ids, V, D, scale, cap, DEPTH)
+    tl.store(z_more + row * K + entries, z, mask=inside)
 
 
 @triton.jit
@@ -163,6 +202,8 @@ def finish_kernel(
     peaks,
     z_targets,
     targets,
+    masses,
+    z_more,
     tops_p,
     totals_p,
     teacher,
@@ -171,12 +212,17 @@ def finish_kernel(
     T,
     V,
     D_teacher,
+    K,
     label_smoothing,
     scale,
     cap,
+    ENTRIES: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """The parts [PARTS, T] of every row -> statistics [STATISTICS, T]."""
+    """The parts [PARTS, T] of every row -> statistics [STATISTICS, T].
+
+    masses [T, 1 + K] and z_more [T, K], or both None.
+    """
     row = tl.program_id(0).to(tl.int64)
     one = tl.arange(0, 1)
     parts = tl.arange(0, PARTS).to(tl.int64) * T + row
@@ -191,12 +237,23 @@ def finish_kernel(
         target = tl.load(targets + row)
         inside = (target >= 0) & (target < V)
         z_target = tl.load(z_targets + row, mask=inside, other=float("nan"))
+        if masses is not None:
+            tail, mass, mass_sum = load_masses(masses, row, K, ENTRIES)
+            entries = row * K + tl.arange(0, ENTRIES)
+            z_more = tl.load(z_more + entries, mask=mass > 0, other=0.0)
+            z_target = known(z_target, mass, z_more)
         log_sum, nll, missing = log_likelihood(top, total, other, z_target)
+        rest = tl.zeros([1], tl.float32)
         if label_smoothing is not None:
             sum_z = tl.sum(tl.load(sums_z + parts), 0)
             nll = smooth(nll, top + log_sum, sum_z, V, label_smoothing)
+            rest += label_smoothing
+        if masses is not None:
+            nll = spread(nll, z_target, tail, mass, z_more)
+            rest += mass_sum
         tl.store(statistics + NLL * T + row + one, nll)
         tl.store(statistics + MISSING * T + row + one, missing)
+        tl.store(statistics + REST * T + row + one, rest)
     tl.store(statistics + TOP * T + row + one, top)
     tl.store(statistics + LOG_SUM * T + row + one, log_sum)
     if teacher is not None:
@@ -205,9 +262,10 @@ def finish_kernel(
         log_sum_p = tl.log(total_p)
         tl.store(statistics + TOP_P * T + row + one, top_p)
         tl.store(statistics + LOG_SUM_P * T + row + one, log_sum_p)
-        peak = tl.min(tl.where(tops == tl.max(tops, 0), tl.load(peaks + parts), V - 1), 0)
-        z_peak_p = logit(
-            teacher, teacher_weight, teacher_bias, row, peak, D_teacher, scale, cap, DEPTH
+        is_top = tops == tl.max(tops, 0)
+        peak = tl.min(tl.where(is_top, tl.load(peaks + parts), V - 1), 0, keep_dims=True)
+        z_peak_p = logits_of(
+            teacher, teacher_weight, teacher_bias, row, peak, V, D_teacher, scale, cap, DEPTH
         )
         d_peak = -log_sum - ((z_peak_p - top_p) - log_sum_p)
         tl.store(statistics + D_PEAK * T + row + one, d_peak)
@@ -303,7 +361,6 @@ def finish_sums_kernel(
     keep,
     loss,
     T,
-    label_smoothing,
     alpha,
     nll_weight,
     slope,
@@ -317,9 +374,8 @@ def finish_sums_kernel(
     bound = tl.zeros([1], tl.float32)
     if targets is not None:
         value += nll_weight * tl.load(statistics + NLL * T + row)
-        bound += nll_weight * tl.load(statistics + MISSING * T + row)
-        if label_smoothing is not None:
-            bound += nll_weight * label_smoothing
+        missing = tl.load(statistics + MISSING * T + row)
+        bound += nll_weight * nll_bound(missing, tl.load(statistics + REST * T + row))
     if values is not None:
         value += alpha * tl.sum(tl.load(values + parts), 0)
         slope_sum = tl.sum(tl.load(slopes + parts), 0)
@@ -379,11 +435,10 @@ def gradient_kernel(
     if targets is not None:
         target = tl.load(targets + rows, mask=rows < T, other=-1)[:, None]
         missing = statistic(statistics, rows, T, MISSING)
-        uniform = 0.0
-        if label_smoothing is not None:
-            uniform = label_smoothing / V
+        rest = statistic(statistics, rows, T, REST)
         is_target = columns[None, :] == target
-        g += nll_weight * nll_slope(log_q, is_target, missing, label_smoothing, uniform)
+        uniform = even_share(label_smoothing, V)
+        g += nll_weight * nll_slope(log_q, is_target, missing, rest, uniform)
     if teacher is not None:
         z_p = logits_tile(
             teacher, teacher_weight, teacher_bias, rows, columns, T, V, D_teacher, scale, cap, DEPTH
@@ -396,6 +451,42 @@ def gradient_kernel(
     g = tl.where(counts[:, None], g, 0.0)
     dz += rows.to(tl.int64)[:, None] * strip + in_strip[None, :]
     tl.store(dz, g.to(dz.dtype.element_ty), mask=(rows < T)[:, None] & (columns < V)[None, :])
+
+
+@triton.jit
+def masses_kernel(
+    statistics,
+    more_targets,
+    masses,
+    z_more,
+    keep,
+    dz,
+    first,
+    strip,
+    T,
+    V,
+    K,
+    label_smoothing,
+    cap,
+    slope,
+    ENTRIES: tl.constexpr,
+):
+    """Overwrites dz [T, strip] where an entry has mass: q - t before it is rounded."""
+    row = tl.program_id(0).to(tl.int64)
+    rows = row + tl.arange(0, 1)
+    _, mass, _ = load_masses(masses, row, K, ENTRIES)
+    if keep is not None:
+        mass = tl.where(tl.load(keep + row) != 0, mass, 0.0)
+    counts = mass > 0
+    entries = row * K + tl.arange(0, ENTRIES)
+    in_strip = tl.load(more_targets + entries, mask=counts, other=-1) - first
+    z = tl.load(z_more + entries, mask=counts, other=0.0)[None, :]
+    log_q = log_softmax(z, statistics, rows, T, TOP, LOG_SUM)
+    g = entry_slope(log_q, mass[None, :], even_share(label_smoothing, V))
+    g = chain(g, z, slope * statistic(statistics, rows, T, FACTOR), cap)
+    present = (in_strip >= 0) & (in_strip < tl.minimum(strip, V - first))
+    dz += row * strip + in_strip[None, :]
+    tl.store(dz, g.to(dz.dtype.element_ty), mask=present[None, :])
 
 
 @triton.jit
@@ -443,6 +534,8 @@ def accumulate_kernel(
 # How the kernels of single rows are compiled.
 ROW_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 DEPTH_OF_ROW = 1024
+# How many entries of more_targets one program computes the logits of.
+ENTRIES_TOGETHER = 8
 
 
 def tiles(dtype, divergence=None):

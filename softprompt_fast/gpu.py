@@ -124,7 +124,15 @@ def _row_kernel(
         "unscale": unscale,
     }
     if problem.teacher is None:
-        kernels.sparse_target_rows_(logits[0], problem.targets, loss, dz, **options)
+        kernels.sparse_target_rows_(
+            logits[0],
+            problem.targets,
+            loss,
+            dz,
+            more_targets=problem.more_targets,
+            masses=problem.masses,
+            **options,
+        )
     else:
         kernels.divergence_rows_(
             *logits,

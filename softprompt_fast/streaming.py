@@ -4,7 +4,7 @@ Memory is a few numbers per token and a strip of the gradient by the logits, nev
 ``kernels/streaming.py`` has the sweeps. It reads the head more often than the engine of whole rows
 (``gpu.py``), and takes over from it where the workspace is too small for that.
 
-Legend: T tokens, R of them at a time, D hidden width, V vocabulary.
+Legend: T tokens, R of them at a time, D hidden width, V vocabulary, K more targets.
 """
 
 from __future__ import annotations
@@ -54,9 +54,11 @@ def token_loss(problem: Problem) -> tuple[Tensor, Tensor]:
 
 def plan_workspace(problem: Problem) -> Plan:
     """All rows with the widest strip that fits, else the narrowest strip and fewer rows."""
+    from .kernels import formulas
     from .kernels import streaming as kernels
 
-    numbers = NUMBERS_PER_PART * kernels.PARTS.value + kernels.STATISTICS + 1
+    K, _ = formulas.entry_numbers(problem.more_targets)
+    numbers = NUMBERS_PER_PART * kernels.PARTS.value + kernels.STATISTICS + 1 + K
     column_bytes = gradient_dtype(problem.weight).itemsize if problem.with_grad else 0
     budget = problem.workspace_mib * 2**20
     row_bytes = 4 * numbers + SUM * column_bytes
@@ -80,6 +82,7 @@ class Sweeps:
         self.T, self.V = len(problem.hidden), len(problem.weight)
         self.scale, self.cap, self.slope = formulas.transform_numbers(*problem.transform)
         self.label_smoothing = problem.label_smoothing or None
+        self.alpha = 0.0 if problem.teacher is None else problem.alpha
         self.mixture = formulas.mixture_numbers(problem.beta)
         self.divergence = formulas.divergence_of(problem.beta)
         dtype = problem.weight.dtype
@@ -90,6 +93,10 @@ class Sweeps:
         parts, columns = streaming.PARTS.value, self.tiles["COLUMNS"]
         self.part_length = round_up(self.V, parts * columns) // parts
         self.statistics = self._numbers(streaming.STATISTICS)
+        self.K, self.entries = formulas.entry_numbers(problem.more_targets)
+        self.z_more = None
+        if problem.more_targets is not None:
+            self.z_more = problem.hidden.new_empty(self.T, self.K, dtype=torch.float32)
 
     def softmax(self) -> None:
         """The softmax of every stream, and the student's peak: a sweep for each."""
@@ -102,6 +109,8 @@ class Sweeps:
         parts["peaks"] = None if p.teacher is None else part(torch.int32)
         parts["z_targets"] = None if p.targets is None else self._numbers()
         self._softmax_of(student, p.targets, parts)
+        if self.K:
+            self._entries_()
         parts_p = dict.fromkeys(parts)
         if p.teacher is not None:
             parts_p.update(tops=part(), totals=part())
@@ -110,15 +119,19 @@ class Sweeps:
             self.statistics,
             *parts.values(),
             p.targets,
+            p.masses,
+            self.z_more,
             parts_p["tops"],
             parts_p["totals"],
             *teacher,
             self.T,
             self.V,
             0 if p.teacher is None else p.teacher.shape[1],
+            self.K,
             self.label_smoothing,
             self.scale,
             self.cap,
+            ENTRIES=self.entries,
             DEPTH=self.kernels.DEPTH_OF_ROW,
             **self.kernels.ROW_OPTIONS,
         )
@@ -170,9 +183,8 @@ class Sweeps:
             p.keep,
             loss,
             self.T,
-            self.label_smoothing,
-            p.alpha,
-            1 - p.alpha,
+            self.alpha,
+            1 - self.alpha,
             self.slope,
             SCALED=self.dz_dtype == torch.float16,
             **self.kernels.ROW_OPTIONS,
@@ -201,14 +213,16 @@ class Sweeps:
                 0 if p.teacher is None else p.teacher.shape[1],
                 self.label_smoothing,
                 *self.mixture,
-                p.alpha,
-                1 - p.alpha,
+                self.alpha,
+                1 - self.alpha,
                 self.scale,
                 self.cap,
                 self.slope,
                 divergence=self.divergence,
                 **tiles,
             )
+            if self.K:
+                self._masses_(dz, first)
             product = self.product_tiles
             self.kernels.accumulate_kernel[self._grid(product, width)](
                 dz,
@@ -224,6 +238,46 @@ class Sweeps:
                 SUM=SUM,
                 **product,
             )
+
+    def _entries_(self) -> None:
+        """Fills z_more [R, K]: the logits of more_targets."""
+        p, together = self.problem, self.kernels.ENTRIES_TOGETHER
+        self.kernels.entries_kernel[(self.T, -(-self.K // together))](
+            *p.heads[0],
+            p.more_targets,
+            p.masses,
+            self.z_more,
+            self.V,
+            p.hidden.shape[1],
+            self.K,
+            self.scale,
+            self.cap,
+            ENTRIES=together,
+            DEPTH=self.kernels.DEPTH_OF_ROW,
+            **self.kernels.ROW_OPTIONS,
+        )
+
+    def _masses_(self, dz: Tensor, first: int) -> None:
+        """Takes the masses of more_targets off dz, the strip that begins at column ``first``."""
+        p = self.problem
+        self.kernels.masses_kernel[(self.T,)](
+            self.statistics,
+            p.more_targets,
+            p.masses,
+            self.z_more,
+            p.keep,
+            dz,
+            first,
+            dz.shape[1],
+            self.T,
+            self.V,
+            self.K,
+            self.label_smoothing,
+            self.cap,
+            self.slope,
+            ENTRIES=self.entries,
+            **self.kernels.ROW_OPTIONS,
+        )
 
     def _grid(self, tiles: dict[str, Any], columns: int) -> tuple[int, int]:
         """Neighbouring programs share columns of the head."""

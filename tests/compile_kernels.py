@@ -32,6 +32,7 @@ from softprompt_fast.problem import Problem
 
 VOCABULARIES = (32000, 49152, 128256, 151936, 262144)
 WIDTH, TOKENS = 4096, 1024
+MORE = 64  # targets
 POINTERS = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
@@ -102,6 +103,12 @@ def problems(vocabulary: int) -> Iterator[Problem]:
     def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
+    def sketch(*options):
+        return problem(*options)._replace(
+            more_targets=empty(TOKENS, MORE, dtype=torch.int64),
+            masses=empty(TOKENS, 1 + MORE, dtype=torch.float32),
+        )
+
     def problem(dtype, targets, alpha, beta, every_option, with_grad=True):
         teacher = alpha > 0
         option = every_option or None
@@ -129,8 +136,11 @@ def problems(vocabulary: int) -> Iterator[Problem]:
     yield problem(torch.float32, True, 0.0, 0.0, True)
     for dtype, every_option in ((torch.float16, True), (torch.bfloat16, False)):
         yield problem(dtype, True, 0.0, 0.0, every_option)
+        yield sketch(dtype, True, 0.0, 0.0, every_option)
         yield problem(dtype, False, 1.0, 0.0, every_option)
     yield problem(torch.bfloat16, True, 0.5, 0.5, True, with_grad=False)
+    yield sketch(torch.float32, True, 0.0, 0.0, True)
+    yield sketch(torch.bfloat16, True, 0.0, 0.0, True, False)
 
 
 def compiled(task: tuple[Launch, str]) -> dict[str, Any]:
