@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from .head import OutputHead, check_head, hidden_states, input_embedding, position_limit
 from .prompting import Query, student_layout
+from .sketch import TeacherSketch
 from .soft_prompt import SoftPrompt
 from .teacher import Answer
 
@@ -26,13 +27,16 @@ class TrainingExample:
     answer: Answer
 
     def __post_init__(self) -> None:
-        ids, hidden = self.answer.ids, self.answer.hidden
-        if not ids or (hidden is not None and len(hidden) != len(ids)):
-            raise ValueError(
-                f"{self.query.source or 'query'}: an answer needs at least one token, and one "
-                f"hidden state for each: got {len(ids)} tokens and "
-                f"{'no' if hidden is None else len(hidden)} hidden states."
-            )
+        answer = self.answer
+        known = {"hidden states": answer.hidden}
+        known["sketches"] = None if answer.sketch is None else answer.sketch.tail
+        for name, values in known.items():
+            if not answer.ids or (values is not None and len(values) != len(answer.ids)):
+                raise ValueError(
+                    f"{self.query.source or 'query'}: an answer needs at least one token, and what "
+                    f"is known of the teacher for each: got {len(answer.ids)} tokens and "
+                    f"{'no' if values is None else len(values)} {name}."
+                )
 
 
 class SoftPromptModel(nn.Module):
@@ -73,13 +77,14 @@ class SoftPromptModel(nn.Module):
                 "Lower num_virtual_tokens, or shorten the query or the answer."
             )
 
-    def collator(self, padding_side: str = "right") -> Collator:
+    def collator(self, padding_side: str = "right", *, with_examples: bool = False) -> Collator:
         """For examples that this model reads."""
         config = self.prompt.config
         return Collator(
             num_virtual_tokens=config.num_virtual_tokens,
             placement=config.placement,
             padding_side=padding_side,
+            with_examples=with_examples,
         )
 
     def inputs_embeds(
@@ -138,6 +143,7 @@ class Collator:
     num_virtual_tokens: int
     placement: str
     padding_side: str = "right"
+    with_examples: bool = False
 
     def __post_init__(self) -> None:
         if self.padding_side not in ("left", "right"):
@@ -145,7 +151,8 @@ class Collator:
 
     def __call__(self, examples: Sequence[TrainingExample]) -> dict[str, Any]:
         """input_ids, prompt_mask, attention_mask, position_ids, labels: [B, L];
-        teacher_hidden: [T, D], in the order of the labels, if it was recorded; sources: B names.
+        teacher_hidden: [T, D], in the order of the labels, if it was recorded; teacher_sketch: over
+        [T], likewise; sources: B names; examples: themselves, if asked for.
 
         labels hold the answer's token ids at the positions that predict them, -100 elsewhere.
         """
@@ -163,6 +170,11 @@ class Collator:
         hidden = [e.answer.hidden for e in examples if e.answer.hidden is not None]
         if len(hidden) == len(examples):
             batch["teacher_hidden"] = torch.cat(hidden)
+        sketches = [e.answer.sketch for e in examples if e.answer.sketch is not None]
+        if len(sketches) == len(examples):
+            batch["teacher_sketch"] = TeacherSketch.cat(sketches)
+        if self.with_examples:
+            batch["examples"] = list(examples)
         batch["sources"] = [example.query.source for example in examples]
         return batch
 

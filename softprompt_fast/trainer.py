@@ -28,7 +28,9 @@ from .checkpoints import (
 )
 from .examples import check_examples
 from .model import IGNORE, SoftPromptModel, TrainingExample, scaled
+from .sketch import TeacherSketch
 from .soft_prompt import SoftPrompt
+from .teacher import Reading, Teacher
 
 Datasets = Sequence[TrainingExample] | dict[str, Sequence[TrainingExample]]
 
@@ -45,9 +47,11 @@ class SoftPromptTrainer(Trainer):
         args: SoftPromptTrainingArguments,
         train_dataset: Sequence[TrainingExample] | None = None,
         eval_dataset: Datasets | None = None,
+        teacher: Teacher | None = None,
         **options: Any,
     ) -> None:
-        """eval_dataset: several are given by their names. options: the other arguments of
+        """eval_dataset: several are given by their names. teacher: asked anew at every step, in
+        place of what the examples know of it. options: the other arguments of
         ``transformers.Trainer``.
 
         Raises TypeError if an argument is of another kind, and ValueError if a dataset is empty, an
@@ -59,11 +63,13 @@ class SoftPromptTrainer(Trainer):
         ):
             if not isinstance(value, kind):
                 raise TypeError(f"{name} must be {kind.__name__}: got {type(value).__name__}.")
+        self.teacher = teacher if args.needs_teacher_states else None
         several = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
         for name, dataset in {"train_dataset": train_dataset, **several}.items():
             if dataset is not None:
-                check_examples(name, dataset, model, args)
-        options.setdefault("data_collator", model.collator())
+                check_examples(name, dataset, model, args, self.teacher)
+        online = self.teacher is not None
+        options.setdefault("data_collator", model.collator(with_examples=online))
         super().__init__(
             model=model,
             args=args,
@@ -126,7 +132,7 @@ class SoftPromptTrainer(Trainer):
 
     def evaluation_loop(self, dataloader: DataLoader[Any], *args: Any, **options: Any) -> Any:
         dataset = cast(Sequence[TrainingExample], dataloader.dataset)
-        check_examples("eval_dataset", dataset, self.model, self.args)
+        check_examples("eval_dataset", dataset, self.model, self.args, self.teacher)
         tokens = [len(example.answer.ids) for example in dataset]
         self._tokens_per_example = sum(tokens) / len(tokens)
         return super().evaluation_loop(dataloader, *args, **options)
@@ -140,8 +146,12 @@ class SoftPromptTrainer(Trainer):
         """
         inputs = dict(inputs)
         sources = inputs.pop("sources")
-        teacher = inputs.pop("teacher_hidden", None)
+        hidden, sketch = (inputs.pop(f"teacher_{name}", None) for name in ("hidden", "sketch"))
+        teacher = hidden if sketch is None else sketch
+        examples = inputs.pop("examples", None)
         labels = inputs["labels"]
+        if self.teacher is not None:
+            teacher = self._ask(self.teacher, examples).to(labels.device)
         hidden = model(**inputs, gradient_scale=gradient_scale)
         total = self._objective(hidden, labels[labels != IGNORE], teacher)
         if not torch.isfinite(total):
@@ -152,7 +162,20 @@ class SoftPromptTrainer(Trainer):
             )
         return total
 
-    def _objective(self, hidden: Tensor, targets: Tensor, teacher: Tensor | None) -> Tensor:
+    @staticmethod
+    def _ask(teacher: Teacher, examples: Sequence[TrainingExample]) -> Tensor:
+        """The teacher's hidden states [T, D] for one batch, whose contexts it reads once more."""
+        answers = teacher.answer(
+            [example.query for example in examples],
+            [example.answer.ids for example in examples],
+            record_hidden=True,
+            reading=Reading(teacher.model),
+        )
+        return torch.cat([cast(Tensor, answer.hidden) for answer in answers])
+
+    def _objective(
+        self, hidden: Tensor, targets: Tensor, teacher: Tensor | TeacherSketch | None
+    ) -> Tensor:
         args = self.args
         head = self.model.head
         options = {"temperature": args.temperature, "reduction": "sum", **head.loss_options()}
