@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .packing import PADDING, SHARED, pack
 from .prompting import Query, student_layout
+from .sketch import TeacherSketch
 from .teacher import Answer
 
 IGNORE = -100
@@ -35,13 +36,16 @@ class TrainingExample:
     answer: Answer
 
     def __post_init__(self) -> None:
-        ids, hidden = self.answer.ids, self.answer.hidden
-        if not ids or (hidden is not None and len(hidden) != len(ids)):
-            raise ValueError(
-                f"{self.query.source or 'query'}: an answer needs at least one token, and one "
-                f"hidden state for each: got {len(ids)} tokens and "
-                f"{'no' if hidden is None else len(hidden)} hidden states."
-            )
+        answer = self.answer
+        known = {"hidden states": answer.hidden}
+        known["sketches"] = None if answer.sketch is None else answer.sketch.tail
+        for name, values in known.items():
+            if not answer.ids or (values is not None and len(values) != len(answer.ids)):
+                raise ValueError(
+                    f"{self.query.source or 'query'}: an answer needs at least one token, and what "
+                    f"is known of the teacher for each: got {len(answer.ids)} tokens and "
+                    f"{'no' if values is None else len(values)} {name}."
+                )
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -68,6 +72,8 @@ class Collator:
     packing: Packing | None = None
     """None: a row for each example."""
 
+    with_examples: bool = False
+
     def __post_init__(self) -> None:
         if self.padding_side not in ("left", "right"):
             raise ValueError(f"padding_side must be left or right: got {self.padding_side!r}.")
@@ -75,7 +81,8 @@ class Collator:
     def __call__(self, examples: Sequence[TrainingExample]) -> dict[str, Any]:
         """input_ids, prompt_mask, position_ids, labels, and attention_mask or, where they are
         packed, segment_ids: [R, L]; teacher_hidden: [T, D], in the order of the labels, if it was
-        recorded; sources: the examples' names.
+        recorded; teacher_sketch: over [T], likewise; sources: the examples' names; examples:
+        themselves, in the order of the labels, if they are asked for.
 
         labels hold the answer's token ids at the positions that predict them, -100 elsewhere.
         """
@@ -93,6 +100,11 @@ class Collator:
         hidden = [e.answer.hidden for e in examples if e.answer.hidden is not None]
         if len(hidden) == len(examples):
             batch["teacher_hidden"] = torch.cat(hidden)
+        sketches = [e.answer.sketch for e in examples if e.answer.sketch is not None]
+        if len(sketches) == len(examples):
+            batch["teacher_sketch"] = TeacherSketch.cat(sketches)
+        if self.with_examples:
+            batch["examples"] = list(examples)
         batch["sources"] = [example.query.source for example in examples]
         return batch
 

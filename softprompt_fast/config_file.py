@@ -16,7 +16,7 @@ from .errors import UsageError
 
 PATH_OPTIONS = (
     *("context_file", "train_file", "eval_file", "output_dir", "prompt_dir"),
-    "resume_from_checkpoint",
+    *("resume_from_checkpoint", "teacher_cache"),
 )
 YAML = "tag:yaml.org,2002:"
 KINDS = ("str", "int", "float", "bool", "null", "timestamp", "seq", "map")

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from .answers import SketchOptions
 from .arguments import SoftPromptTrainingArguments
 from .console import progress
 from .data import Record
 from .model import SoftPromptModel, TrainingExample
 from .prompting import Query, tokenize_answer, tokenize_query
 from .teacher import Teacher
+from .teacher_cache import TeacherCache
+from .teacher_facts import teacher_facts
+from .teacher_store import sketch_problem
 
 
 def make_examples(
@@ -20,10 +24,15 @@ def make_examples(
     context: str | None,
     *,
     record_hidden: bool,
+    sketch: SketchOptions | None = None,
+    cache: TeacherCache | None = None,
 ) -> list[TrainingExample]:
     """Tokenised queries with the answers of the data, or else of the teacher.
 
-    Raises ValueError if a record has no context: neither its own nor ``context``.
+    record_hidden, sketch: what the answers hold besides their ids. cache: what it holds is not
+    computed, and what is computed goes there.
+    Raises ValueError if a record has no context: neither its own nor ``context``; and OSError or
+    ValueError as the cache does.
     """
     check_contexts(records, context)
     queries = tokenize_records(tokenizer, records, context)
@@ -33,7 +42,12 @@ def make_examples(
         else tokenize_answer(tokenizer, record.completion, teacher.end_ids)
         for record in records
     ]
-    answers = teacher.answer(queries, given, record_hidden=record_hidden)
+    if cache is None:
+        answers = teacher.answer(queries, given, record_hidden=record_hidden, sketch=sketch)
+    else:
+        form: dict[str, Any] = {"record_hidden": record_hidden, "sketch": sketch}
+        facts = teacher_facts(teacher, tokenizer, context, **form)
+        answers = cache.answers(teacher, queries, given, facts, **form)
     cut = sum(
         given_ids is None and answer.ids[-1] not in teacher.end_ids
         for given_ids, answer in zip(given, answers, strict=True)
@@ -58,9 +72,11 @@ def check_examples(
     dataset: Sequence[TrainingExample],
     model: SoftPromptModel,
     args: SoftPromptTrainingArguments,
+    teacher: Teacher | None = None,
 ) -> None:
     """Raises TypeError or ValueError, naming ``name`` or the example, if ``dataset`` cannot be
-    learned: it is empty, too long for the model, or lacks what the objective needs."""
+    learned: it is empty, too long for the model, or lacks what the objective needs, which a
+    ``teacher`` may be asked for instead."""
     if not len(dataset):
         raise ValueError(f"{name} has no examples: give at least one, or leave it out.")
     for example in dataset:
@@ -69,13 +85,27 @@ def check_examples(
                 f"{name} must hold TrainingExample: got {type(example).__name__}. "
                 "Call softprompt_fast.examples.make_examples."
             )
-        if args.needs_teacher_states and example.answer.hidden is None:
-            raise ValueError(
-                f"objective={args.objective!r} needs the teacher's hidden states: "
-                f"{example.query.source or 'an example'} has none. "
-                "Call Teacher.answer(..., record_hidden=True)."
-            )
+        if args.needs_teacher_states and teacher is None:
+            _check_teacher_is_known(example, args, model.head.softcap)
         model.check_length(example.query, len(example.answer.ids))
+
+
+def _check_teacher_is_known(
+    example: TrainingExample, args: SoftPromptTrainingArguments, softcap: float | None
+) -> None:
+    name, answer = example.query.source or "an example", example.answer
+    if answer.hidden is None and answer.sketch is None:
+        raise ValueError(
+            f"objective={args.objective!r} needs the teacher's hidden states or sketches: "
+            f"{name} has none. Call Teacher.answer(..., record_hidden=True), or give the trainer a "
+            "teacher."
+        )
+    problem = sketch_problem(args, softcap) if answer.sketch is not None else None
+    if problem is not None:
+        raise ValueError(
+            f"{name} holds a sketch of the teacher: {problem}. "
+            "Call Teacher.answer(..., record_hidden=True) without sketch."
+        )
 
 
 def check_contexts(records: Sequence[Record], context: str | None) -> None:

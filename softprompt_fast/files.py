@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,20 +16,21 @@ from typing import Any
 FAILED_WRITES = ("inline_container", "PytorchStreamWriter", "iostream error")
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Replace ``path`` by ``data``; a process killed on the way leaves the old file.
+def write_bytes(path: Path, *parts: bytes | memoryview) -> None:
+    """Replace ``path`` by these bytes; a process killed on the way leaves the old file.
 
     Raises OSError naming ``path`` and how much was to be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            for part in parts:
+                file.write(part)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        problem = f"cannot write {len(data)} bytes: {error.strerror}"
+        problem = f"cannot write {sum(map(len, parts))} bytes: {error.strerror}"
         raise OSError(error.errno, problem, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -37,6 +40,45 @@ def write_bytes(path: Path, data: bytes) -> None:
 def leftovers(directory: Path, names: Iterable[str]) -> list[Path]:
     """What ``write_bytes`` left beside these names where it was killed."""
     return [path for name in names for path in directory.glob(f".{name}.*.tmp")]
+
+
+def make_writable(name: str, path: Path) -> None:
+    """Raises OSError naming the option ``name`` if ``path`` cannot be made, or written to."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise OSError(f"cannot write to {name} {path}: {error.strerror}") from error
+
+
+@contextmanager
+def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Whether this process holds the lock ``path``, which it lets go at the end of the block.
+
+    The system lets it go for a process that dies. The file goes with the lock.
+    """
+    while True:
+        with open(path, "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                yield False
+                return
+            # Its last owner may have deleted it while we waited: then it keeps nobody out.
+            if _lies_at(path, file.fileno()):
+                try:
+                    yield True
+                finally:
+                    path.unlink(missing_ok=True)
+                return
+
+
+def _lies_at(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 @contextmanager

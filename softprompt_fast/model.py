@@ -70,12 +70,18 @@ class SoftPromptModel(nn.Module):
             )
 
     def collator(
-        self, padding_side: str = "right", *, packing: bool = False, share_prompt: bool = True
+        self,
+        padding_side: str = "right",
+        *,
+        packing: bool = False,
+        share_prompt: bool = True,
+        with_examples: bool = False,
     ) -> Collator:
         """For examples that this model reads.
 
         packing: examples share rows, and with share_prompt the prompt of a row, as far as the base
         reads them so with equal results; as if False elsewhere.
+        with_examples: a batch holds its examples too.
         """
         config = self.prompt.config
         longest = longest_packed(self.base) if packing else 0
@@ -87,6 +93,7 @@ class SoftPromptModel(nn.Module):
             packing=Packing(width=width, longest=longest, share_prompt=share_prompt)
             if longest
             else None,
+            with_examples=with_examples,
         )
 
     def inputs_embeds(

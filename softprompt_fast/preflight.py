@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from .arguments import SoftPromptTrainingArguments
 from .checkpoints import verify_checkpoint
 from .errors import UsageError
 from .soft_prompt import SoftPromptConfig
+from .teacher_store import choose_store
 
 METRICS = (None, "loss", "eval_loss")
 
@@ -36,6 +38,9 @@ def check_options(
         raise UsageError(
             "--overwrite_output_dir trains anew, and --resume_from_checkpoint does not: give one"
         )
+    choose_store(options.teacher_store, args, top_k=options.teacher_top_k, softcap=None)
+    if options.teacher_cache is not None:
+        _check_apart(str(args.output_dir), options.teacher_cache)
     if not -(2**63) <= config.prompt_seed < 2**64:
         raise UsageError(f"prompt_seed must fit into 64 bits: got {config.prompt_seed}")
     for name in args.report_to or ():
@@ -54,6 +59,15 @@ def check_data(args: SoftPromptTrainingArguments, num_queries: int) -> None:
         )
     if args.resume_from_checkpoint:
         verify_checkpoint(args.resume_from_checkpoint)
+
+
+def _check_apart(output_dir: str, teacher_cache: str) -> None:
+    run, cache = Path(output_dir).resolve(), Path(teacher_cache).resolve()
+    if run == cache or run in cache.parents:
+        raise UsageError(
+            f"teacher_cache {teacher_cache} lies in output_dir {output_dir}, which is of this run "
+            "alone: choose a directory beside it"
+        )
 
 
 def _check_optimizer(args: SoftPromptTrainingArguments) -> None:

@@ -10,11 +10,10 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import IO, Any
 
-from .files import leftovers, read_json, write_json
+from .files import leftovers, make_writable, read_json, write_json
 from .soft_prompt import FACTS_FILE, PEFT_FILE, WEIGHTS_FILE
 
 RUN_FILE = "run.json"
@@ -49,7 +48,7 @@ class RunDirectory:
         self.overwrite = overwrite
         self.owner = owner
         if owner:
-            _make_writable(self.path)
+            make_writable("output_dir", self.path)
             self._check_free()
             self._lock = _lock(self.path)
         self._check_options()
@@ -128,15 +127,6 @@ def _check_kind(file: Path, name: str, value: Any, kind: type) -> None:
         raise ValueError(
             f"{file} is damaged: {name} must be of type {kind.__name__}, got {value!r}."
         )
-
-
-def _make_writable(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        raise OSError(f"cannot write to output_dir {path}: {error.strerror}") from error
 
 
 def _lock(path: Path) -> IO[str]:

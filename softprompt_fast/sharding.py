@@ -62,6 +62,7 @@ def own_share(
         return collate(own)
     batch = collate(examples[:1])
     batch["labels"] = torch.full_like(batch["labels"], IGNORE)
-    if "teacher_hidden" in batch:
-        batch["teacher_hidden"] = batch["teacher_hidden"][:0]
+    for name in ("teacher_hidden", "teacher_sketch", "examples"):
+        if name in batch:
+            batch[name] = batch[name][:0]
     return batch

@@ -1,14 +1,15 @@
 """The teacher: the frozen model with the context in place.
 
 It reads ``before + context`` once, shares those keys and values with every query of a batch, writes
-the answers that the data does not give, and records the hidden states that predict them.
+the answers that the data does not give, and records the hidden states that predict them, or their
+sketches.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -16,21 +17,30 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from .answers import Answer, SketchOptions, keep_sketches, keep_states
 from .decoding import end_ids, in_batches, write
-from .head import hidden_states, position_limit
+from .head import OutputHead, hidden_states, position_limit
 from .prefix_cache import Prefix
 from .prompting import Query, teacher_ids
 
+# A shard is this many batches. No batch has queries of two shards, so each can be kept, lost and
+# computed again without a change to another.
+SHARD_BATCHES = 4
 
-@dataclass(kw_only=True, eq=False)
-class Answer:
-    """The answer to one query, and what the teacher knew when it gave each of its tokens."""
 
-    ids: list[int]
-    """n token ids, closed by the end-of-sequence token unless the answer was cut short."""
+class Reading:
+    """What several calls of ``Teacher.answer`` share."""
 
-    hidden: Tensor | None = None
-    """[n, D] on the CPU, in the model's dtype: row i is the hidden state that predicts ids[i]."""
+    def __init__(self, model: PreTrainedModel, progress: tqdm | None = None) -> None:
+        self.model = model
+        self.progress = progress or tqdm(disable=True)
+        self._last: tuple[tuple[int, ...], Prefix] | None = None
+
+    def prefix(self, ids: tuple[int, ...]) -> Prefix:
+        """Read, unless it is the one that was read last."""
+        if self._last is None or self._last[0] != ids:
+            self._last = ids, Prefix.read(self.model, ids)
+        return self._last[1]
 
 
 class Teacher:
@@ -71,44 +81,73 @@ class Teacher:
         queries: Sequence[Query],
         answers: Sequence[list[int] | None] | None = None,
         *,
-        record_hidden: bool,
+        record_hidden: bool = False,
+        sketch: SketchOptions | None = None,
+        reading: Reading | None = None,
     ) -> list[Answer]:
         """One answer for each query, in their order.
 
         answers: the token ids that the data gives, None where the teacher has to write them.
+        record_hidden, sketch: what the answers get besides their ids. reading: of ``one_reading``.
         Raises ValueError naming the query if an answer is empty, or if the context, the query and
-        the answer do not fit into the model's positions.
+        the answer do not fit into the model's positions; or if the model's head is not linear and
+        a sketch is asked for.
         """
         given = list(answers) if answers is not None else [None] * len(queries)
         for query, ids in zip(queries, given, strict=True):
             self._check_length(query, ids)
-        ids_of = {index: ids for index, ids in enumerate(given) if ids is not None}
-        hidden_of: dict[int, Tensor] = {}
-        unread = [i for i in range(len(queries)) if record_hidden or i not in ids_of]
-        for prefix, batch in self._sharing_a_prefix(queries, unread):
-            unanswered = [index for index in batch if index not in ids_of]
-            for part in self._with_allowed_padding(prefix, queries, unanswered):
-                ids_of.update(self._write(prefix, queries, part))
-            if record_hidden:
-                hidden_of.update(self._record(prefix, queries, batch, ids_of))
-        return [Answer(ids=ids_of[i], hidden=hidden_of.get(i)) for i in range(len(queries))]
+        head = OutputHead.from_model(self.model)
+        if sketch is not None and head.softcap is not None:
+            raise ValueError(
+                f"a sketch needs a linear head: {type(self.model).__name__} caps its logits at "
+                f"{head.softcap}. Record hidden states instead."
+            )
+        record = record_hidden or sketch is not None
+        known = {index: Answer(ids=ids) for index, ids in enumerate(given) if ids is not None}
+        unread = [index for index in range(len(queries)) if record or index not in known]
+        shared = self.one_reading(len(unread)) if reading is None else nullcontext(reading)
+        with shared as reading:
+            for part in self.shards(len(queries)):
+                indices = [index for index in unread if part.start <= index < part.stop]
+                for prefix, batch in self._sharing_a_prefix(reading, queries, indices):
+                    unanswered = [index for index in batch if index not in known]
+                    for rows in self._with_allowed_padding(prefix, queries, unanswered):
+                        known.update(self._write(prefix, queries, rows))
+                    if record:
+                        states = self._states(prefix, queries, batch, known)
+                        answered = [known[index] for index in batch]
+                        if record_hidden:
+                            keep_states(answered, states)
+                        if sketch is not None:
+                            keep_sketches(answered, states, head, sketch)
+        return [known[index] for index in range(len(queries))]
+
+    def shards(self, num_queries: int) -> list[slice]:
+        """The parts of so many queries that share no batch."""
+        size = SHARD_BATCHES * self.batch_size
+        return [slice(i, min(i + size, num_queries)) for i in range(0, num_queries, size)]
+
+    @contextmanager
+    def one_reading(self, num_queries: int) -> Iterator[Reading]:
+        """For several calls of ``answer``: one progress bar, and a prefix kept until the next."""
+        silent = not (self.show_progress and num_queries)
+        with tqdm(total=num_queries, desc="teacher", unit="query", disable=silent) as progress:
+            yield Reading(self.model, progress)
 
     def _sharing_a_prefix(
-        self, queries: Sequence[Query], indices: list[int]
+        self, reading: Reading, queries: Sequence[Query], indices: list[int]
     ) -> Iterator[tuple[Prefix, list[int]]]:
         """Batches of queries with the same ``before + context``, which is read once."""
         groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for index in indices:
             groups[tuple(queries[index].before + queries[index].context)].append(index)
-        silent = not (self.show_progress and indices)
-        with tqdm(total=len(indices), desc="teacher", unit="query", disable=silent) as progress:
-            for ids, group in groups.items():
-                prefix = Prefix.read(self.model, ids)
-                for batch in in_batches(
-                    group, self.batch_size, length=lambda i: len(queries[i].after), may_pad=True
-                ):
-                    yield prefix, batch
-                    progress.update(len(batch))
+        for ids, group in groups.items():
+            prefix = reading.prefix(ids)
+            for batch in in_batches(
+                group, self.batch_size, length=lambda i: len(queries[i].after), may_pad=True
+            ):
+                yield prefix, batch
+                reading.progress.update(len(batch))
 
     def _with_allowed_padding(
         self, prefix: Prefix, queries: Sequence[Query], indices: list[int]
@@ -124,8 +163,8 @@ class Teacher:
 
     def _write(
         self, prefix: Prefix, queries: Sequence[Query], indices: list[int]
-    ) -> dict[int, list[int]]:
-        """Answer ids for one batch."""
+    ) -> dict[int, Answer]:
+        """Answers to one batch."""
         ids, mask = _pad([queries[index].after for index in indices], side="left")
         ids = torch.cat([prefix.ids.expand(len(ids), -1), ids.to(prefix.ids.device)], dim=1)
         mask = torch.cat([torch.ones_like(ids[:, : prefix.length]), mask.to(ids)], dim=1)
@@ -138,18 +177,18 @@ class Teacher:
             do_sample=self.do_sample,
             past_key_values=prefix.cache_for(len(ids)),
         )
-        return dict(zip(indices, rows, strict=True))
+        return {index: Answer(ids=row) for index, row in zip(indices, rows, strict=True)}
 
-    def _record(
+    def _states(
         self,
         prefix: Prefix,
         queries: Sequence[Query],
         indices: list[int],
-        ids_of: dict[int, list[int]],
-    ) -> dict[int, Tensor]:
+        known: dict[int, Answer],
+    ) -> list[Tensor]:
         """Hidden states [n, D] at the positions that predict each answer of one batch."""
         # The last token of an answer predicts nothing that is asked for.
-        rows = [queries[index].after + ids_of[index][:-1] for index in indices]
+        rows = [queries[index].after + known[index].ids[:-1] for index in indices]
         # Padding on the right: no real position sees it, and none is moved by it.
         ids, mask = (tensor.to(prefix.ids.device) for tensor in _pad(rows, side="right"))
         B, L = ids.shape
@@ -165,12 +204,12 @@ class Teacher:
             position_ids=positions.expand(B, -1),
             past_key_values=cache,
             use_cache=cache is not None,
-        )[:, -L:].cpu()
-        recorded = {}
-        for row, index in enumerate(indices):
-            first = len(queries[index].after) - 1
-            recorded[index] = hidden[row, first : first + len(ids_of[index])].clone()
-        return recorded
+        )[:, -L:]
+        first = [len(queries[index].after) - 1 for index in indices]
+        return [
+            hidden[row, first[row] : first[row] + len(known[index].ids)]
+            for row, index in enumerate(indices)
+        ]
 
     def _check_length(self, query: Query, ids: list[int] | None) -> None:
         name = query.source or f"the query that ends in tokens {query.after[-5:]}"

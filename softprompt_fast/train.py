@@ -20,6 +20,7 @@ from .console import progress, say
 from .data import read_jsonl, read_text
 from .examples import check_contexts, make_examples
 from .files import named_failures
+from .head import OutputHead
 from .model import SoftPromptModel
 from .preflight import check_data, check_options
 from .pretrained import check_dtype, load_model
@@ -28,6 +29,8 @@ from .run_directory import RunDirectory
 from .signals import StopOnSignal
 from .soft_prompt import SoftPrompt, SoftPromptConfig
 from .teacher import Teacher
+from .teacher_cache import TeacherCache
+from .teacher_store import Store, choose_store
 from .trainer import SoftPromptTrainer
 
 
@@ -48,6 +51,21 @@ class TrainOptions:
         default=64, metadata={"help": "Longest answer of the teacher, in tokens."}
     )
     teacher_batch_size: int = field(default=16, metadata={"help": "Queries answered at a time."})
+    teacher_store: Store = field(
+        default="auto",
+        metadata={
+            "help": "sketch: all that forward KL needs; hidden: hidden states, for every "
+            "divergence; online: nothing, the teacher is asked at each step; auto: sketch where it "
+            "is exact, else hidden."
+        },
+    )
+    teacher_top_k: int = field(
+        default=32, metadata={"help": "Entries that a sketch keeps of each distribution."}
+    )
+    teacher_cache: str | None = field(
+        default=None,
+        metadata={"help": "Directory where the teacher's work is kept, for later runs too."},
+    )
     dtype: str = field(
         default="auto",
         metadata={
@@ -63,7 +81,7 @@ class TrainOptions:
     )
 
     def __post_init__(self) -> None:
-        check_at_least(self, 1, "max_new_tokens", "teacher_batch_size")
+        check_at_least(self, 1, "max_new_tokens", "teacher_batch_size", "teacher_top_k")
         check_dtype(self.dtype)
 
 
@@ -72,6 +90,7 @@ FREE_OPTIONS = frozenset(
     [
         *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "save_total_limit"),
         *("train_file", "context_file", "eval_file"),  # the first two are compared by content
+        "teacher_cache",
         *("disable_tqdm", "logging_strategy", "logging_steps", "logging_first_step", "log_level"),
         *("report_to", "run_name", "hub_token", "trust_remote_code"),
     ]
@@ -121,6 +140,7 @@ def train(
         say("Pass --overwrite_output_dir to train anew.")
         return 0
 
+    cache = None if options.teacher_cache is None else TeacherCache(options.teacher_cache)
     args.dataloader_pin_memory = args.device.type == "cuda"  # elsewhere it is a mere warning
     args.disable_tqdm = args.disable_tqdm or not is_first_process
     set_seed(args.seed)
@@ -139,9 +159,12 @@ def train(
         batch_size=options.teacher_batch_size,
         show_progress=not args.disable_tqdm,
     )
+    softcap = OutputHead.from_model(model).softcap
+    store = choose_store(options.teacher_store, args, top_k=options.teacher_top_k, softcap=softcap)
+    progress(str(store))
     sets = [records, eval_records] if args.eval_strategy != "no" and eval_records else [records]
     train_set, *eval_sets = [
-        make_examples(teacher, tokenizer, part, context, record_hidden=args.needs_teacher_states)
+        make_examples(teacher, tokenizer, part, context, cache=cache, **store.record)
         for part in sets
     ]
     trainer = SoftPromptTrainer(
@@ -149,6 +172,7 @@ def train(
         args=args,
         train_dataset=train_set,
         eval_dataset=eval_sets[0] if eval_sets else None,
+        teacher=teacher if store.kind == "online" else None,
         callbacks=[stop],
     )
     directory.start()

@@ -29,7 +29,9 @@ from .checkpoints import (
 from .examples import check_examples
 from .model import IGNORE, SoftPromptModel, TrainingExample, scaled
 from .sharding import shared_loader
+from .sketch import TeacherSketch
 from .soft_prompt import SoftPrompt
+from .teacher import Reading, Teacher
 
 Datasets = Sequence[TrainingExample] | dict[str, Sequence[TrainingExample]]
 
@@ -46,9 +48,11 @@ class SoftPromptTrainer(Trainer):
         args: SoftPromptTrainingArguments,
         train_dataset: Sequence[TrainingExample] | None = None,
         eval_dataset: Datasets | None = None,
+        teacher: Teacher | None = None,
         **options: Any,
     ) -> None:
-        """eval_dataset: several are given by their names. options: the other arguments of
+        """eval_dataset: several are given by their names. teacher: asked anew at every step, in
+        place of what the examples know of it. options: the other arguments of
         ``transformers.Trainer``.
 
         Raises TypeError if an argument is of another kind, and ValueError if a dataset is empty, an
@@ -60,13 +64,18 @@ class SoftPromptTrainer(Trainer):
         ):
             if not isinstance(value, kind):
                 raise TypeError(f"{name} must be {kind.__name__}: got {type(value).__name__}.")
+        self.teacher = teacher if args.needs_teacher_states else None
         several = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
         for name, dataset in {"train_dataset": train_dataset, **several}.items():
             if dataset is not None:
-                check_examples(name, dataset, model, args)
+                check_examples(name, dataset, model, args, self.teacher)
         options.setdefault(
             "data_collator",
-            model.collator(packing=args.packing, share_prompt=args.share_prompt),
+            model.collator(
+                packing=args.packing,
+                share_prompt=args.share_prompt,
+                with_examples=self.teacher is not None,
+            ),
         )
         super().__init__(
             model=model,
@@ -138,7 +147,7 @@ class SoftPromptTrainer(Trainer):
     ) -> EvalLoopOutput:
         """The mean over all answer tokens of the dataset, each read by one of the processes."""
         args, dataset = self.args, cast(Sequence[TrainingExample], dataloader.dataset)
-        check_examples("eval_dataset", dataset, self.model, args)
+        check_examples("eval_dataset", dataset, self.model, args, self.teacher)
         self.callback_handler.eval_dataloader = dataloader
         was_training = self.model.training
         self.model.eval()
@@ -170,10 +179,15 @@ class SoftPromptTrainer(Trainer):
         """
         inputs = dict(inputs)
         sources = inputs.pop("sources")
-        teacher = inputs.pop("teacher_hidden", None)
+        hidden, sketch = (inputs.pop(f"teacher_{name}", None) for name in ("hidden", "sketch"))
+        teacher = hidden if sketch is None else sketch
+        examples = inputs.pop("examples", None)
         labels = inputs["labels"]
         with self.accelerator.autocast():
             hidden = model(**inputs, gradient_scale=gradient_scale)
+        if self.teacher is not None:
+            teacher = hidden.detach()[:0] if not examples else self._ask(self.teacher, examples)
+            teacher = teacher.to(hidden.device)
         total = self._objective(hidden, labels[labels != IGNORE], teacher)
         if not torch.isfinite(total):
             raise FloatingPointError(
@@ -183,7 +197,20 @@ class SoftPromptTrainer(Trainer):
             )
         return total
 
-    def _objective(self, hidden: Tensor, targets: Tensor, teacher: Tensor | None) -> Tensor:
+    @staticmethod
+    def _ask(teacher: Teacher, examples: Sequence[TrainingExample]) -> Tensor:
+        """The teacher's hidden states [T, D] for one batch, whose contexts it reads once more."""
+        answers = teacher.answer(
+            [example.query for example in examples],
+            [example.answer.ids for example in examples],
+            record_hidden=True,
+            reading=Reading(teacher.model),
+        )
+        return torch.cat([cast(Tensor, answer.hidden) for answer in answers])
+
+    def _objective(
+        self, hidden: Tensor, targets: Tensor, teacher: Tensor | TeacherSketch | None
+    ) -> Tensor:
         args = self.args
         head = self.model.head
         options = {"temperature": args.temperature, "reduction": "sum", **head.loss_options()}

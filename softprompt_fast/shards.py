@@ -1,0 +1,166 @@
+"""One file of a teacher cache: answers, and what the teacher knew when it gave them.
+
+A safetensors file whose header vouches for it. Its metadata has one entry, so that the same answers
+always make the same bytes:
+
+    softprompt_fast    JSON: facts, queries (digests), tensors (a digest for each), seal
+
+``seal`` is the digest of the 8 + N bytes of the header, taken with the seal itself as zeros.
+
+Legend: T tokens of the n answers, one after another; D hidden width, k entries of a sketch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from .answers import Answer, split
+from .files import refuse_pickle, write_bytes
+from .sketch import TeacherSketch
+from .teacher_facts import tensor_bytes
+
+ENTRY = "softprompt_fast"
+UNSEALED = "0" * 64
+SEAL = re.compile(rb'seal\\?": ?\\?"([0-9a-f]{64})\\?"')
+# Ours take 3 kB: a length beyond this is damage, whatever the size of the file.
+MAX_HEADER = 2**20
+BLOCK = 2**20
+SKETCH = "sketch."
+
+
+class DamagedFile(ValueError):
+    """A file is not what was written. The message begins with its path."""
+
+
+def write_shard(path: Path, answers: Sequence[Answer], queries: str, facts: dict[str, Any]) -> None:
+    """queries: the digest of what was answered. Raises OSError naming ``path`` and its bytes."""
+    tensors = _pack(answers)
+    digests = {name: hashlib.sha256(tensor_bytes(t)).hexdigest() for name, t in tensors.items()}
+    entry = {"facts": facts, "queries": queries, "tensors": digests, "seal": UNSEALED}
+    text = json.dumps(entry, separators=(",", ":"), sort_keys=True)
+    data = memoryview(save(tensors, {ENTRY: text}))
+    start = 8 + int.from_bytes(data[:8], "little")
+    write_bytes(path, seal(bytes(data[:start])), data[start:])
+
+
+def read_shard(
+    path: Path, queries: str, check_facts: Callable[[dict[str, Any]], None]
+) -> list[Answer]:
+    """The answers, mapped into memory: their bytes are read when they are needed.
+
+    Before that the file is read once, in blocks, and compared with its digests.
+    Raises DamagedFile, naming the tensor and its place, or what ``check_facts`` raises.
+    """
+    header, start = _header(path)
+    entry = json.loads(header["__metadata__"][ENTRY])
+    check_facts(entry["facts"])
+    if entry["queries"] != queries:
+        raise DamagedFile(f"{path} is damaged: it holds the answers to other queries")
+    _check_tensors(path, header, entry["tensors"], start)
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise DamagedFile(f"{path} is damaged: {error}") from error
+    return _unpack(tensors, entry["facts"])
+
+
+def seal(data: bytes) -> bytes:
+    """``data`` with its own digest in the place of the 64 zeros behind "seal"."""
+    (place,) = SEAL.finditer(data)
+    digest = hashlib.sha256(data).hexdigest().encode()
+    return data[: place.start(1)] + digest + data[place.end(1) :]
+
+
+def is_sealed(data: bytes) -> bool:
+    """Whether ``data`` is what ``seal`` returned, to the bit."""
+    place = SEAL.search(data)
+    if place is None:
+        return False
+    unsealed = data[: place.start(1)] + UNSEALED.encode() + data[place.end(1) :]
+    return hashlib.sha256(unsealed).hexdigest().encode() == place[1]
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header, known to be ours, and where the tensors start."""
+    if path.is_symlink() or not path.is_file():
+        raise DamagedFile(f"{path} is damaged: it is not a plain file")
+    try:
+        refuse_pickle(path)
+    except ValueError as error:
+        raise DamagedFile(str(error).rstrip(".")) from error
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = file.read(8)
+        start = 8 + int.from_bytes(length, "little")
+        if start > min(size, 8 + MAX_HEADER):
+            raise DamagedFile(
+                f"{path} is damaged: its header claims {start - 8} bytes at byte 0, in a file of "
+                f"{size}"
+            )
+        data = length + file.read(start - 8)
+    if not is_sealed(data):
+        raise DamagedFile(f"{path} is damaged: its header, bytes 0 to {start}, is not as written")
+    header = json.loads(data[8:])
+    end = start + max(t["data_offsets"][1] for name, t in header.items() if name[0] != "_")
+    if end != size:
+        problem = f"{end - size} are missing" if end > size else f"{size - end} follow its end"
+        raise DamagedFile(f"{path} is damaged: it has {size} bytes, and {problem} at byte {end}")
+    return header, start
+
+
+def _check_tensors(path: Path, header: dict[str, Any], digests: dict[str, str], start: int) -> None:
+    for name, expected in digests.items():
+        first, last = (start + offset for offset in header[name]["data_offsets"])
+        digest = hashlib.sha256()
+        with open(path, "rb") as file:
+            file.seek(first)
+            for position in range(first, last, BLOCK):
+                digest.update(file.read(min(BLOCK, last - position)))
+        if digest.hexdigest() != expected:
+            raise DamagedFile(
+                f"{path} is damaged: tensor {name!r}, bytes {first} to {last}, is not as written"
+            )
+
+
+def _pack(answers: Sequence[Answer]) -> dict[str, Tensor]:
+    tensors = {
+        "answer_ids": torch.tensor([i for a in answers for i in a.ids], dtype=torch.int32),
+        "lengths": torch.tensor([len(a.ids) for a in answers], dtype=torch.int32),
+    }
+    hidden = [a.hidden for a in answers if a.hidden is not None]
+    if hidden:
+        tensors["hidden"] = torch.cat(hidden)
+    sketches = [a.sketch for a in answers if a.sketch is not None]
+    if sketches:
+        joined = TeacherSketch.cat(sketches)
+        values = {field.name: getattr(joined, field.name) for field in fields(joined)}
+        tensors |= {SKETCH + n: v for n, v in values.items() if isinstance(v, Tensor)}
+    return tensors
+
+
+def _unpack(tensors: dict[str, Tensor], facts: dict[str, Any]) -> list[Answer]:
+    lengths = tensors["lengths"].tolist()
+    answers = [Answer(ids=part.tolist()) for part in tensors["answer_ids"].split(lengths)]
+    if "hidden" in tensors:
+        for answer, hidden in zip(answers, tensors["hidden"].split(lengths), strict=True):
+            answer.hidden = hidden
+    values: Any = {n.removeprefix(SKETCH): t for n, t in tensors.items() if n.startswith(SKETCH)}
+    if values:
+        options = {name: facts[name] for name in ("logit_scale", "temperature")}
+        for answer, own in zip(
+            answers, split(TeacherSketch(**values, **options), lengths), strict=True
+        ):
+            answer.sketch = own
+    return answers

@@ -1,0 +1,175 @@
+"""The teacher's work in a directory: killed, shared or damaged, only what is missing is redone.
+
+teacher_cache.json          the facts of the teacher, by which a stale cache is known
+shard-DIGEST.safetensors    the answers to some queries, named by what the teacher reads
+shard-....damaged           what was found to be damaged; never read
+.shard-....lock             who computes a shard; the system lets it go for a process that dies
+
+No file's content names another file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .answers import Answer, SketchOptions
+from .console import progress
+from .files import leftovers, locked, make_writable, sync_directory, write_bytes
+from .prompting import Query
+from .shards import UNSEALED, DamagedFile, is_sealed, read_shard, seal, write_shard
+from .teacher import Reading, Teacher
+from .teacher_facts import differing_facts, queries_sha256
+
+FACTS_FILE = "teacher_cache.json"
+OURS = (FACTS_FILE, "shard-", f".{FACTS_FILE}", ".shard-")
+
+
+@dataclass(kw_only=True)
+class _Shard:
+    path: Path
+    digest: str
+    queries: Sequence[Query]
+    given: Sequence[list[int] | None]
+    answers: list[Answer] = field(default_factory=list)
+
+    @property
+    def lock(self) -> Path:
+        return self.path.with_name(f".{self.path.name}.lock")
+
+
+class TeacherCache:
+    """May be shared by any number of processes at once; together they compute each shard once."""
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        """Raises OSError if ``directory`` cannot be written to, and ValueError if it holds
+        something else."""
+        self.path = Path(directory)
+        make_writable("teacher_cache", self.path)
+        names = sorted(path.name for path in self.path.iterdir())
+        others = [name for name in names if not name.startswith(OURS)]
+        if others and FACTS_FILE not in names:
+            raise ValueError(
+                f"teacher_cache {self.path} is occupied: it holds {others[0]!r} and no "
+                f"{FACTS_FILE}. Choose another directory."
+            )
+
+    def answers(
+        self,
+        teacher: Teacher,
+        queries: Sequence[Query],
+        given: Sequence[list[int] | None],
+        facts: dict[str, Any],
+        *,
+        record_hidden: bool = False,
+        sketch: SketchOptions | None = None,
+    ) -> list[Answer]:
+        """What ``teacher.answer`` returns, bit for bit, and mapped into memory.
+
+        facts: ``teacher_facts`` of the teacher. A damaged file is set aside, and its work done
+        again. Raises ValueError with the differing facts if the cache is that of another teacher,
+        OSError naming the file if there is no space; and what ``teacher.answer`` raises.
+        """
+        self._claim(facts)
+        shards = [self._shard(queries[part], given[part]) for part in teacher.shards(len(queries))]
+        form: dict[str, Any] = {"record_hidden": record_hidden, "sketch": sketch}
+        with teacher.one_reading(len(queries)) as reading:
+            # First what nobody else is at, then what they have done meanwhile, or died of.
+            for wait in (False, True):
+                for shard in shards:
+                    if not shard.answers:
+                        self._settle(shard, teacher, reading, facts, form, wait=wait)
+        return [answer for shard in shards for answer in shard.answers]
+
+    def _shard(self, queries: Sequence[Query], given: Sequence[list[int] | None]) -> _Shard:
+        digest = queries_sha256(queries, given)
+        path = self.path / f"shard-{digest[:32]}.safetensors"
+        return _Shard(path=path, digest=digest, queries=queries, given=given)
+
+    def _settle(
+        self,
+        shard: _Shard,
+        teacher: Teacher,
+        reading: Reading,
+        facts: dict[str, Any],
+        form: dict[str, Any],
+        *,
+        wait: bool,
+    ) -> None:
+        """Read the shard, or else compute it; leave it open if another process is at it."""
+        if shard.path.exists() and not shard.lock.exists():
+            try:
+                return self._read(shard, reading, facts)
+            except (DamagedFile, FileNotFoundError):
+                pass  # who holds the lock says so, and sets it aside
+        with locked(shard.lock, wait=wait) as is_ours:
+            if not is_ours:
+                return None
+            for temporary in leftovers(self.path, [shard.path.name]):
+                temporary.unlink()
+            if os.path.lexists(shard.path):
+                try:
+                    return self._read(shard, reading, facts)
+                except DamagedFile as error:
+                    self._set_aside(shard.path, error)
+            answers = teacher.answer(shard.queries, shard.given, reading=reading, **form)
+            write_shard(shard.path, answers, shard.digest, facts)
+            # From the file, so that memory holds no more than what is in use.
+            shard.answers = self._open(shard, facts)
+            return None
+
+    def _read(self, shard: _Shard, reading: Reading, facts: dict[str, Any]) -> None:
+        shard.answers = self._open(shard, facts)
+        reading.progress.update(len(shard.answers))
+
+    def _open(self, shard: _Shard, facts: dict[str, Any]) -> list[Answer]:
+        return read_shard(
+            shard.path, shard.digest, lambda there: self._check_facts(shard.path, there, facts)
+        )
+
+    def _claim(self, facts: dict[str, Any]) -> None:
+        """Raises ValueError if the directory is another teacher's; else makes it this one's."""
+        path = self.path / FACTS_FILE
+        with locked(self.path / f".{FACTS_FILE}.lock"):
+            for temporary in leftovers(self.path, [FACTS_FILE]):
+                temporary.unlink()
+            if os.path.lexists(path):
+                try:
+                    return self._check_facts(path, _read_facts(path), facts)
+                except DamagedFile as error:
+                    self._set_aside(path, error)
+            text = json.dumps({"facts": facts, "seal": UNSEALED}, indent=2, sort_keys=True) + "\n"
+            write_bytes(path, seal(text.encode()))
+            return None
+
+    def _check_facts(self, path: Path, there: dict[str, Any], now: dict[str, Any]) -> None:
+        differing = differing_facts(there, now)
+        if differing:
+            raise ValueError(
+                f"teacher_cache {self.path} is stale: {path.name} was made with "
+                f"{'; '.join(differing)}. Choose another directory, or delete this one."
+            )
+
+    def _set_aside(self, path: Path, error: DamagedFile) -> None:
+        aside = path.with_name(f"{path.name}.damaged")
+        count = 1
+        while os.path.lexists(aside):
+            count += 1
+            aside = path.with_name(f"{path.name}.{count}.damaged")
+        os.rename(path, aside)
+        sync_directory(self.path)
+        progress(f"{error}. It is kept as {aside.name}, and made again.")
+
+
+def _read_facts(path: Path) -> dict[str, Any]:
+    """Raises DamagedFile."""
+    if path.is_symlink() or not path.is_file():
+        raise DamagedFile(f"{path} is damaged: it is not a plain file")
+    data = path.read_bytes()
+    if not is_sealed(data):
+        raise DamagedFile(f"{path} is damaged: its bytes, 0 to {len(data)}, are not as written")
+    return json.loads(data)["facts"]

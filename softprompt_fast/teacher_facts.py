@@ -1,0 +1,107 @@
+"""What the teacher's answers depend on: the facts by which a cache of them is known."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .answers import SketchOptions
+from .head import OutputHead
+from .prompting import Query
+from .teacher import Teacher
+
+# Raised whenever the same facts lead to other bytes.
+FORMAT_VERSION = 1
+# Where a model was loaded from, and by what.
+NOT_OF_THE_MODEL = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+
+
+def teacher_facts(
+    teacher: Teacher,
+    tokenizer: Any,
+    context: str | None,
+    *,
+    record_hidden: bool = False,
+    sketch: SketchOptions | None = None,
+) -> dict[str, Any]:
+    """JSON values by name. Reads all of the model's weights: a second for each GB or two."""
+    model = teacher.model
+    head = OutputHead.from_model(model)
+    stores = {"answers": True, "hidden": record_hidden, "sketch": sketch is not None}
+    return {
+        "format_version": FORMAT_VERSION,
+        "weights": weights_sha256(model),
+        "config": _sha256_of_json(
+            {k: v for k, v in model.config.to_diff_dict().items() if k not in NOT_OF_THE_MODEL}
+        ),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "tokenizer": _tokenizer_sha256(tokenizer),
+        "chat_template": _sha256_of_json(getattr(tokenizer, "chat_template", None)),
+        "context": None if context is None else _sha256_of_json(context),
+        "end_ids": list(teacher.end_ids),
+        "max_new_tokens": teacher.max_new_tokens,
+        "teacher_batch_size": teacher.batch_size,
+        "teacher_store": "+".join(name for name, stored in stores.items() if stored),
+        "teacher_top_k": None if sketch is None else sketch.top_k,
+        "temperature": None if sketch is None else sketch.temperature,
+        "logit_scale": head.logit_scale,
+        "softcap": head.softcap,
+    }
+
+
+def differing_facts(there: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """One text for each, with digests cut to what tells them apart."""
+
+    def short(value: Any) -> str:
+        return repr(value[:12] if isinstance(value, str) and len(value) == 64 else value)
+
+    return [
+        f"{name}: {short(there.get(name))} there, {short(now.get(name))} now"
+        for name in sorted(there.keys() | now.keys())
+        if there.get(name) != now.get(name)
+    ]
+
+
+def weights_sha256(model: PreTrainedModel) -> str:
+    """Of every byte of every parameter and buffer, with their names, shapes and dtypes."""
+    digest = hashlib.sha256()
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
+        digest.update(tensor_bytes(value))
+    return digest.hexdigest()
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """As they lie in memory, row by row; no copy of a contiguous tensor on the CPU."""
+    values: Any = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return memoryview(values)
+
+
+def queries_sha256(queries: Sequence[Query], given: Sequence[list[int] | None]) -> str:
+    """Of all that the teacher reads: other token ids are another shard, not a stale one."""
+    digest = hashlib.sha256()
+    for query, answer in zip(queries, given, strict=True):
+        for ids in (query.before, query.context, query.after, answer):
+            # The length first, so that no two lists run together; none given is no list at all.
+            digest.update(array("q", [-1] if ids is None else [len(ids), *ids]).tobytes())
+    return digest.hexdigest()
+
+
+def _tokenizer_sha256(tokenizer: Any) -> str:
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        return _sha256_of_json([type(tokenizer).__name__, tokenizer.get_vocab()])
+    core = json.loads(tokenizer.backend_tokenizer.to_str())
+    # How the last call of the tokenizer cut and padded.
+    core["truncation"] = core["padding"] = None
+    return _sha256_of_json(core)
+
+
+def _sha256_of_json(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
