@@ -140,7 +140,7 @@ def _loss(
         sketch_checks.fits_loss(teacher, hidden, weight, teacher_weight, beta, options)
         if alpha:
             sketch = teacher.map(lambda value: value.reshape(-1, *value.shape[hidden.dim() - 1 :]))
-            moment, constant = sketch.moment, alpha * sketch.constant
+            moment, constant = sketch.moment, sketch.constant
             targets, more_targets, masses, label_smoothing = sparse_target(
                 sketch, None if targets is None else targets.flatten(), alpha, label_smoothing
             )
@@ -156,6 +156,7 @@ def _loss(
         more_targets,
         masses,
         moment,
+        constant,
         keep,
         label_smoothing,
         None if teacher is None else _rows(teacher).to(weight.dtype),
@@ -170,8 +171,6 @@ def _loss(
         backends.resolve(options.backend, hidden.device),
         options.workspace_mib,
     )
-    if constant is not None:
-        token_loss = token_loss - constant
     return reduce_tokens(
         token_loss.view(hidden.shape[:-1]), keep, options.token_weight, options.reduction
     )

@@ -52,6 +52,7 @@ def token_loss(
     more_targets: Tensor | None,
     masses: Tensor | None,
     moment: Tensor | None,
+    constant: Tensor | None,
     keep: Tensor | None,
     label_smoothing: float,
     teacher: Tensor | None,
@@ -72,8 +73,9 @@ def token_loss(
     before a loss scale can lift them, and bf16 would round them twice.
     targets and keep: T entries in any shape. A target outside the vocabulary is an IndexError;
     the kernels of a GPU cannot raise, and make its row NaN. ``backend`` is a resolved name, never
-    "auto". moment [T, D] fp32 belongs to the masses: alpha logit_scale / temperature (hidden .
-    moment) is the tail's share of the logits, and taken off the loss. For the rest see ``Problem``.
+    "auto". moment [T, D] fp32 and constant [T] fp64 belong to the masses: logit_scale / temperature
+    (hidden . moment) is the tail's share of the logits; alpha times it and the constant are taken
+    off the loss. For the rest see ``Problem``.
     """
     keep = None if keep is None else keep.flatten()
     if targets is not None and (backend == "torch" or targets.is_cpu):
@@ -108,8 +110,8 @@ def token_loss(
     # what the caller wants in a lower precision has been cast already; these products stay fp32
     with torch.autocast(hidden.device.type, enabled=False), torch.cuda.device_of(hidden):
         loss, dhidden = ENGINES[backend](problem)
-        if moment is not None:
-            _take_tail_off(problem, alpha, moment, loss, dhidden)
+        if moment is not None and constant is not None:
+            _take_tail_off(problem, alpha, moment, constant, loss, dhidden)
         return loss, dhidden
 
 
@@ -136,21 +138,30 @@ def _(grad_loss, dhidden, hidden):
 
 
 def _take_tail_off(
-    problem: Problem, alpha: float, moment: Tensor, loss: Tensor, dhidden: Tensor
+    problem: Problem,
+    alpha: float,
+    moment: Tensor,
+    constant: Tensor,
+    loss: Tensor,
+    dhidden: Tensor,
 ) -> None:
-    """The tail's logits are linear in hidden: loss -= scale (h . m), dhidden -= scale m."""
+    """The tail's logits are linear in hidden: loss -= scale (h . m), dhidden -= scale m.
+
+    The loss may be the small difference of large numbers, which is rounded only once.
+    """
     scale = alpha * problem.transform.logit_scale / problem.transform.temperature
     step = max(1, int(problem.workspace_mib * 2**20 / (16 * max(1, moment.shape[1]))))
     for start in range(0, len(loss), step):
         rows = slice(start, start + step)
-        tail_z = (problem.hidden[rows].double() * moment[rows]).sum(-1)
+        known = scale * (problem.hidden[rows].double() * moment[rows]).sum(-1)
+        known += alpha * constant[rows]
         scaled = scale * moment[rows] if problem.with_grad else None
         if problem.keep is not None:
             # what is ignored may hold anything
-            tail_z = torch.where(problem.keep[rows], tail_z, 0.0)
+            known = torch.where(problem.keep[rows], known, 0.0)
             if scaled is not None:
                 scaled = torch.where(problem.keep[rows].unsqueeze(-1), scaled, 0.0)
-        loss[rows] -= (scale * tail_z).float()
+        loss[rows] = (loss[rows] - known).float()
         if scaled is not None:
             dhidden[rows] -= scaled
 
@@ -169,7 +180,7 @@ def _save_for_backward(ctx, inputs, output) -> None:
 def _backward(ctx, grad_loss, _grad_dhidden):
     checks.tensor("the upstream gradient", grad_loss)
     dhidden, hidden = ctx.saved_tensors
-    return token_loss_backward(grad_loss, dhidden, hidden), *[None] * 19
+    return token_loss_backward(grad_loss, dhidden, hidden), *[None] * 20
 
 
 def _refuse_double_backward(ctx, grad):

@@ -32,7 +32,10 @@ def sparse_target_rows(
     target = targets.unsqueeze(-1)
     # one number a row, in double: fp32 functions may round another way where rows are few
     z_target = z.gather(-1, target).double()
-    others = z.scatter(-1, target, -torch.inf).logsumexp(-1, keepdim=True).double()
+    other_z = z.scatter(-1, target, -torch.inf)
+    top = other_z.amax(-1, keepdim=True)
+    top = torch.where(top == -torch.inf, 0.0, top)
+    others = other_z.sub_(top).exp_().sum(-1, keepdim=True, dtype=torch.float64).log() + top
     lse = torch.logaddexp(others, z_target)
     odds = others - z_target + (lse - lse)  # NaN where the row has no finite normaliser
     loss = (1 - smoothing) * torch.logaddexp(odds, torch.zeros_like(odds))

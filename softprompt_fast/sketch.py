@@ -50,7 +50,7 @@ class TeacherSketch:
     tail_bias: Tensor
     """[...] fp32, the sum of p_v b_v over the others"""
     entropy: Tensor
-    """[...] fp32, of the whole distribution, in nats"""
+    """[...] fp64, of the whole distribution, in nats: the loss is what lies beyond it"""
     logit_scale: float = 1.0
     temperature: float = 1.0
 
@@ -59,7 +59,7 @@ class TeacherSketch:
 
     @property
     def constant(self) -> Tensor:
-        """[...] fp32, what the loss has that no hidden state of the student changes."""
+        """[...] fp64, what the loss has that no hidden state of the student changes."""
         return self.entropy + self.logit_scale / self.temperature * self.tail_bias
 
     def map(self, change: Callable[[Tensor], Tensor]) -> TeacherSketch:
@@ -163,7 +163,7 @@ def _sketch(
         tail=tail.float(),
         moment=moment,
         tail_bias=tail_bias.float(),
-        entropy=entropy.float(),
+        entropy=entropy,
         logit_scale=transform.logit_scale,
         temperature=transform.temperature,
     )

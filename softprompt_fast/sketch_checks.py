@@ -23,7 +23,7 @@ def fields(sketch: TeacherSketch) -> None:
     for name in ("ids", "probs", "tail", "moment", "tail_bias", "entropy"):
         value = getattr(sketch, name)
         checks.tensor(f"the sketch's {name}", value)
-        dtype = torch.int32 if name == "ids" else torch.float32
+        dtype = {"ids": torch.int32, "entropy": torch.float64}.get(name, torch.float32)
         if value.dtype != dtype or value.requires_grad:
             grad = " that requires grad" if value.requires_grad else ""
             raise TypeError(

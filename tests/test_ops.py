@@ -35,7 +35,7 @@ def op_arguments(case: Case, backend: str, with_grad: bool) -> tuple:
         case.weight,
         options.get("bias"),
         None if case.loss == "linear_kl" else case.targets,
-        *[None] * 3,
+        *[None] * 4,
         keep,
         options.get("label_smoothing", 0.0),
         case.teacher,
