@@ -106,7 +106,9 @@ class SoftPromptModel(nn.Module):
         """
         embeds = input_embedding(self.base)(input_ids)
         prompt = scaled(self.prompt.embedding, value=1.0, gradient=gradient_scale)
-        # Expanded before it is rounded: the copies' gradients are added up in fp32.
+        # Expanded before it is rounded: the copies' gradients are added up in fp32. Those of the
+        # sequences that share a copy meet before, in the base's dtype: in bf16 on SmolLM2-135M the
+        # error of the sum is that of plain rows.
         copies = int(prompt_mask.sum()) // len(prompt)
         prompt = prompt.expand(copies, -1, -1).to(embeds.dtype)
         return embeds.masked_scatter(prompt_mask.unsqueeze(-1), prompt)

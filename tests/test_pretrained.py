@@ -21,6 +21,7 @@ from toy_run import save_toy_model
 import softprompt_fast as spf
 from softprompt_fast import pretrained
 from softprompt_fast.head import OutputHead, hidden_states
+from softprompt_fast.native import is_native
 from softprompt_fast.pretrained import load_model, smollm2
 
 
@@ -48,6 +49,44 @@ def test_a_loaded_model_is_frozen_and_the_tokenizer_can_pad(toy):
     assert model.dtype == torch.bfloat16
     assert tokenizer.pad_token_id is not None
     assert load_model(str(toy), device="cpu")[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_auto_keeps_the_checkpoints_dtype_unless_the_device_emulates_it(
+    tmp_path, monkeypatch, dtype
+):
+    saved = make_model(dtype=dtype)
+    saved.save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    for native in (True, False):
+        monkeypatch.setattr(pretrained, "is_native", lambda d, _, n=native: n or d.is_complex)
+        model, _ = load_model(tmp_path, device="cpu")
+        assert model.dtype == (dtype if native else torch.float32)
+        for name, tensor in saved.state_dict().items():  # not rounded
+            assert torch.equal(model.state_dict()[name].double(), tensor.double())
+        assert load_model(tmp_path, dtype="bfloat16", device="cpu")[0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("instructions", ["_is_avx512_bf16_supported", "_is_amx_tile_supported"])
+def test_a_cpu_computes_in_bf16_by_its_instructions(monkeypatch, instructions):
+    cpu = torch.device("cpu")
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported", "_is_amx_fp16_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False)
+    assert is_native(torch.float32, cpu)
+    assert not is_native(torch.bfloat16, cpu) and not is_native(torch.float16, cpu)
+    monkeypatch.setattr(torch.cpu, instructions, lambda: True)
+    assert is_native(torch.bfloat16, cpu) and not is_native(torch.float16, cpu)
+
+
+def test_a_gpu_computes_in_bf16_where_it_does_not_emulate_it(monkeypatch):
+    gpu = torch.device("cuda")
+    for native in (True, False):
+        # An old GPU can do both: PyTorch emulates bf16 there.
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda including_emulation=True, n=native: n
+        )
+        assert is_native(torch.bfloat16, gpu) is native
+        assert is_native(torch.float16, gpu)
 
 
 def test_a_missing_directory_is_named(tmp_path, monkeypatch):
