@@ -217,23 +217,23 @@ def entry_slope(log_q, mass, uniform):
 
 
 @triton.jit
-def nll_slope(log_q, is_target, missing, rest, uniform):
-    """d nll / dz. rest: what the target leaves to others; None: nothing.
+def nll_slope(log_q, is_target, missing, elsewhere, uniform):
+    """d nll / dz. elsewhere: what the target leaves to others; None: nothing.
 
-    At the target q - (1 - rest) comes as rest - missing.
+    At the target q - (1 - elsewhere) comes as elsewhere - missing.
     """
     at_target = -missing
-    if rest is not None:
-        at_target += rest - uniform
+    if elsewhere is not None:
+        at_target += elsewhere - uniform
     return tl.where(is_target, at_target, entry_slope(log_q, 0.0, uniform))
 
 
 @triton.jit
-def nll_bound(missing, rest):
-    """What no |d nll / dz| exceeds: q has ``missing`` beside the target, and t has ``rest``."""
+def nll_bound(missing, elsewhere):
+    """What no |d nll / dz| exceeds: what the student, or the target, leaves to others."""
     bound = missing
-    if rest is not None:
-        bound = tl.maximum(missing, rest)
+    if elsewhere is not None:
+        bound = tl.maximum(missing, elsewhere)
     return bound
 
 

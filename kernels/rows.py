@@ -99,12 +99,6 @@ def sparse_target_rows_kernel(
 
     target = tl.load(targets + row)
     z_target = load_entry(logits, target, stop, bias, scale, cap)
-    if masses is not None:
-        tail, mass, mass_sum = load_masses(masses, row, K, ENTRIES)
-        entries = row * K + tl.arange(0, ENTRIES)
-        ids = tl.load(more_targets + entries, mask=mass > 0, other=-1)
-        z_more = load_entry(logits, ids, stop, bias, scale, cap)
-        z_target = known(z_target, mass, z_more)
     top = tl.full([BLOCK], MINUS_INFINITY, tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     others = tl.zeros([BLOCK], tl.float32)
@@ -117,37 +111,45 @@ def sparse_target_rows_kernel(
         is_other = tl.where(columns == target, 0.0, 1.0)
         top, total, others = add_entry(top, total, others, z, is_other)
     top, total, others = merge(top, total, others)
+    if masses is not None:
+        tail, mass, mass_sum = load_masses(masses, row, K, ENTRIES)
+        entries = row * K + tl.arange(0, ENTRIES)
+        ids = tl.load(more_targets + entries, mask=mass > 0, other=-1)
+        z_more = load_entry(logits, ids, stop, bias, scale, cap)
+        z_target = known(z_target, mass, z_more)
     log_sum, nll, missing = log_likelihood(top, total, others, z_target)
-    rest = label_smoothing
+    elsewhere = label_smoothing
     uniform = even_share(label_smoothing, V)
     if label_smoothing is not None:
         nll = smooth(nll, top + log_sum, tl.sum(sum_z, 0), V, label_smoothing)
     if masses is not None:
         nll = spread(nll, z_target, tail, mass, z_more)
-        rest = mass_sum
+        elsewhere = mass_sum
         if label_smoothing is not None:
-            rest += label_smoothing
+            elsewhere += label_smoothing
     one = tl.arange(0, 1)
     tl.store(loss + row + one, tl.where(stop == 0, 0.0, nll))
 
     if dz is not None:
         dz += row * dz_stride
         if unscale is not None:
-            exponent = fp16_exponent(nll_bound(missing, rest) * tl.abs(slope))
+            exponent = fp16_exponent(nll_bound(missing, elsewhere) * tl.abs(slope))
             slope *= power_of_two(exponent)
             tl.store(unscale + row + one, power_of_two(-exponent))
+        if masses is not None:
+            g_more = entry_slope((z_more - top) - log_sum, mass, uniform)
+            g_more = chain(g_more, z_more, slope, cap)
         for start in range(0, V, BLOCK):
             columns = start + lanes
             z = load_block(logits, columns, stop, bias, scale, cap)
             tl.debug_barrier()
-            g = nll_slope((z - top) - log_sum, columns == target, missing, rest, uniform)
+            g = nll_slope((z - top) - log_sum, columns == target, missing, elsewhere, uniform)
             g = tl.where(columns < stop, chain(g, z, slope, cap), 0.0)
             tl.store(dz + columns, g.to(dz.dtype.element_ty), mask=columns < V)
         if masses is not None:
-            # q - t before it is rounded
-            g = chain(entry_slope((z_more - top) - log_sum, mass, uniform), z_more, slope, cap)
+            # q - t, which is what is rounded
             tl.debug_barrier()
-            tl.store(dz + ids, g.to(dz.dtype.element_ty), mask=(ids >= 0) & (ids < stop))
+            tl.store(dz + ids, g_more.to(dz.dtype.element_ty), mask=(ids >= 0) & (ids < stop))
 
 
 @triton.jit

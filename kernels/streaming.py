@@ -53,7 +53,7 @@ LOG_SUM_P = tl.constexpr(3)
 D_PEAK = tl.constexpr(4)  # log q - log p of the student's most probable entry
 NLL = tl.constexpr(5)
 MISSING = tl.constexpr(6)  # 1 - q of the target
-REST = tl.constexpr(7)  # what the target leaves to others
+ELSEWHERE = tl.constexpr(7)  # what the target leaves to others
 SLOPE_SUM = tl.constexpr(8)
 FACTOR = tl.constexpr(9)  # of dz, a power of two
 STATISTICS = 10
@@ -243,17 +243,17 @@ def finish_kernel(
             z_more = tl.load(z_more + entries, mask=mass > 0, other=0.0)
             z_target = known(z_target, mass, z_more)
         log_sum, nll, missing = log_likelihood(top, total, other, z_target)
-        rest = tl.zeros([1], tl.float32)
+        elsewhere = tl.zeros([1], tl.float32)
         if label_smoothing is not None:
             sum_z = tl.sum(tl.load(sums_z + parts), 0)
             nll = smooth(nll, top + log_sum, sum_z, V, label_smoothing)
-            rest += label_smoothing
+            elsewhere += label_smoothing
         if masses is not None:
             nll = spread(nll, z_target, tail, mass, z_more)
-            rest += mass_sum
+            elsewhere += mass_sum
         tl.store(statistics + NLL * T + row + one, nll)
         tl.store(statistics + MISSING * T + row + one, missing)
-        tl.store(statistics + REST * T + row + one, rest)
+        tl.store(statistics + ELSEWHERE * T + row + one, elsewhere)
     tl.store(statistics + TOP * T + row + one, top)
     tl.store(statistics + LOG_SUM * T + row + one, log_sum)
     if teacher is not None:
@@ -375,7 +375,8 @@ def finish_sums_kernel(
     if targets is not None:
         value += nll_weight * tl.load(statistics + NLL * T + row)
         missing = tl.load(statistics + MISSING * T + row)
-        bound += nll_weight * nll_bound(missing, tl.load(statistics + REST * T + row))
+        elsewhere = tl.load(statistics + ELSEWHERE * T + row)
+        bound += nll_weight * nll_bound(missing, elsewhere)
     if values is not None:
         value += alpha * tl.sum(tl.load(values + parts), 0)
         slope_sum = tl.sum(tl.load(slopes + parts), 0)
@@ -435,10 +436,10 @@ def gradient_kernel(
     if targets is not None:
         target = tl.load(targets + rows, mask=rows < T, other=-1)[:, None]
         missing = statistic(statistics, rows, T, MISSING)
-        rest = statistic(statistics, rows, T, REST)
+        elsewhere = statistic(statistics, rows, T, ELSEWHERE)
         is_target = columns[None, :] == target
         uniform = even_share(label_smoothing, V)
-        g += nll_weight * nll_slope(log_q, is_target, missing, rest, uniform)
+        g += nll_weight * nll_slope(log_q, is_target, missing, elsewhere, uniform)
     if teacher is not None:
         z_p = logits_tile(
             teacher, teacher_weight, teacher_bias, rows, columns, T, V, D_teacher, scale, cap, DEPTH
