@@ -28,10 +28,12 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from softprompt_fast import SoftPrompt, SoftPromptConfig, SoftPromptTrainer
+from softprompt_fast.answers import SketchOptions
 from softprompt_fast.arguments import SoftPromptTrainingArguments
+from softprompt_fast.collator import TrainingExample
 from softprompt_fast.data import read_jsonl
 from softprompt_fast.examples import make_examples
-from softprompt_fast.model import SoftPromptModel, TrainingExample
+from softprompt_fast.model import SoftPromptModel
 from softprompt_fast.pretrained import load_model
 from softprompt_fast.prompting import teacher_ids
 from softprompt_fast.teacher import Teacher
@@ -160,7 +162,10 @@ def main() -> None:
 
     print("The teacher answers and is sketched ...", flush=True)
     start = time.perf_counter()
-    examples = make_examples(teacher, tokenizer, records, context, record_hidden=True)
+    sketch = SketchOptions(top_k=32)
+    examples = make_examples(
+        teacher, tokenizer, records, context, record_hidden=False, sketch=sketch
+    )
     teacher_seconds = time.perf_counter() - start
     start = time.perf_counter()
     make_examples(teacher, tokenizer, records, context, record_hidden=False)
