@@ -1,7 +1,7 @@
 // The row kernels of csrc/cuda as ops of softprompt_fast_C: checks, and pointers out of tensors. The stream comes
 // as a number, so that no CUDA header is needed; the caller has made its device the current one.
 //
-// Legend: C rows, V vocabulary.
+// Legend: C rows, V vocabulary, K more targets.
 #include <torch/library.h>
 
 #include <optional>
@@ -13,9 +13,9 @@ namespace {
 
 TORCH_LIBRARY_FRAGMENT(softprompt_fast_C, m) {
   m.def(
-      "sparse_target_rows_(Tensor(a!) logits, Tensor targets, Tensor? keep, Tensor? bias, float label_smoothing, "
-      "float softcap, float logit_scale, float temperature, Tensor(b!) loss, Tensor(c!)? dz, Tensor(d!)? unscale, "
-      "int stream) -> ()");
+      "sparse_target_rows_(Tensor(a!) logits, Tensor targets, Tensor? more_targets, Tensor? masses, Tensor? keep, "
+      "Tensor? bias, float label_smoothing, float softcap, float logit_scale, float temperature, Tensor(b!) loss, "
+      "Tensor(c!)? dz, Tensor(d!)? unscale, int stream) -> ()");
   m.def(
       "divergence_rows_(Tensor(a!) logits, Tensor teacher_logits, Tensor? targets, Tensor? keep, Tensor? bias, "
       "Tensor? teacher_bias, float label_smoothing, float beta, float alpha, float softcap, float logit_scale, "
@@ -65,9 +65,9 @@ struct Chunk {
 
   // Where the numbers of an optional contiguous tensor begin.
   template <class T>
-  T* data(const MaybeTensor& t, at::ScalarType dtype, int64_t size, const char* name) const {
+  T* data(const MaybeTensor& t, at::ScalarType dtype, at::IntArrayRef shape, const char* name) const {
     if (!t) return nullptr;
-    check(*t, dtype, {size}, name);
+    check(*t, dtype, shape, name);
     TORCH_CHECK(t->is_contiguous(), "softprompt_fast_C: ", name, " must be contiguous");
     return static_cast<T*>(t->data_ptr());
   }
@@ -78,7 +78,7 @@ struct Chunk {
     TORCH_CHECK(reinterpret_cast<uintptr_t>(begin) % 16 == 0 && (C <= 1 || raw.stride(0) % 8 == 0),
                 "softprompt_fast_C: rows of ", name, " must begin at multiples of 16 bytes and be a multiple of 8 ",
                 "entries apart: got strides ", raw.strides());
-    return {begin, raw.stride(0), data<const void>(bias, head, V, "bias")};
+    return {begin, raw.stride(0), data<const void>(bias, head, {V}, "bias")};
   }
 
   // dz lies apart from the logits, or its rows begin where theirs do.
@@ -102,16 +102,16 @@ cuda::Rows rows_of(const Chunk& chunk, const Tensor& logits, const MaybeTensor& 
   cuda::Rows rows{};
   rows.C = chunk.C, rows.V = int32_t(chunk.V), rows.dtype = dtype_of(chunk.head);
   rows.student = chunk.logits(logits, bias, "logits");
-  rows.targets = chunk.data<const int64_t>(targets, at::kLong, chunk.C, "targets");
-  rows.keep = chunk.data<const bool>(keep, at::kBool, chunk.C, "keep");
-  rows.loss = chunk.data<float>(loss, at::kFloat, chunk.C, "loss");
+  rows.targets = chunk.data<const int64_t>(targets, at::kLong, {chunk.C}, "targets");
+  rows.keep = chunk.data<const bool>(keep, at::kBool, {chunk.C}, "keep");
+  rows.loss = chunk.data<float>(loss, at::kFloat, {chunk.C}, "loss");
   if (dz) {
     chunk.check_rows(*dz, chunk.head, "dz");
     chunk.check_overlap(*dz, logits);
     rows.dz = dz->data_ptr(), rows.dz_stride = dz->stride(0);
   }
   TORCH_CHECK(!unscale || (dz && chunk.head == at::kHalf), "softprompt_fast_C: unscale goes with a dz in fp16");
-  rows.unscale = chunk.data<float>(unscale, at::kFloat, chunk.C, "unscale");
+  rows.unscale = chunk.data<float>(unscale, at::kFloat, {chunk.C}, "unscale");
   rows.label_smoothing = label_smoothing;
   rows.softcap = softcap, rows.logit_scale = logit_scale, rows.temperature = temperature;
   return rows;
@@ -121,12 +121,19 @@ void launched(int error, const char* kernel) {
   TORCH_CHECK(error == 0, "softprompt_fast_C: ", kernel, " could not be launched: ", cuda::error_string(error));
 }
 
-void sparse_target_rows_(const Tensor& logits, const Tensor& targets, const MaybeTensor& keep, const MaybeTensor& bias,
+void sparse_target_rows_(const Tensor& logits, const Tensor& targets, const MaybeTensor& more_targets,
+                         const MaybeTensor& masses, const MaybeTensor& keep, const MaybeTensor& bias,
                          double label_smoothing, double softcap, double logit_scale, double temperature,
                          const Tensor& loss, const MaybeTensor& dz, const MaybeTensor& unscale, int64_t stream) {
   const Chunk chunk(logits, bias, dz);
-  const cuda::Rows rows = rows_of(chunk, logits, targets, keep, bias, label_smoothing, softcap, logit_scale,
-                                  temperature, loss, dz, unscale);
+  cuda::Rows rows = rows_of(chunk, logits, targets, keep, bias, label_smoothing, softcap, logit_scale, temperature,
+                            loss, dz, unscale);
+  TORCH_CHECK(more_targets.has_value() == masses.has_value(), "softprompt_fast_C: masses go with more_targets");
+  if (more_targets) {
+    rows.K = more_targets->size(-1);
+    rows.more_targets = chunk.data<const int64_t>(more_targets, at::kLong, {chunk.C, rows.K}, "more_targets");
+    rows.masses = chunk.data<const float>(masses, at::kFloat, {chunk.C, 1 + rows.K}, "masses");
+  }
   launched(cuda::sparse_target_rows(rows, reinterpret_cast<void*>(stream)), "sparse_target_rows");
 }
 

@@ -4,7 +4,7 @@ Logits are raw products [C, V] in fp32 whose rows begin at multiples of 8 entrie
 V and the stride is not used. dz, in the head's dtype, may begin where the logits begin: a row of
 the gradient then overwrites the row it comes from. Without dz only the loss is computed.
 
-Legend: C rows, V vocabulary.
+Legend: C rows, V vocabulary, K more targets.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ def sparse_target_rows_(
     loss: Tensor,
     dz: Tensor | None,
     *,
+    more_targets: Tensor | None = None,
+    masses: Tensor | None = None,
     keep: Tensor | None = None,
     bias: Tensor | None = None,
     label_smoothing: float = 0.0,
@@ -30,6 +32,7 @@ def sparse_target_rows_(
     """Cross-entropy: fills loss [C] and, where they are given, dz [C, V] and unscale [C].
 
     targets [C] int64; a row whose target is no entry becomes NaN.    bias [V]
+    more_targets [C, K] int64 and masses [C, 1 + K] as in ``Problem``, or both None
     keep [C] bool: where False, loss and dz are 0 whatever the row holds
     unscale [C]: for dz in fp16, which leaves the kernel times a power of two; this undoes it
     """
@@ -37,6 +40,8 @@ def sparse_target_rows_(
         torch.ops.softprompt_fast_C.sparse_target_rows_(
             logits,
             targets,
+            more_targets,
+            masses,
             keep,
             _as(dz, bias),
             label_smoothing,

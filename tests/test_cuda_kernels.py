@@ -1,6 +1,6 @@
 """The row kernels of csrc/cuda hold their contract, on a GPU or emulated on the CPU.
 
-Legend: C rows, V vocabulary, q student, p teacher.
+Legend: C rows, V vocabulary, K more targets, q student, p teacher.
 """
 
 from __future__ import annotations
@@ -83,6 +83,24 @@ def test_every_option(kernels, beta, dtype):
         for label_smoothing in (0.1, 1.0):
             rows = make_rows(131, beta, dtype=dtype, label_smoothing=label_smoothing, **options)
             check_run(kernels, rows)
+
+
+@each_dtype
+@pytest.mark.parametrize("entries", [0, 1, 32, 130], ids="K{}".format)
+def test_a_target_distribution_of_several_entries(kernels, entries, dtype):
+    for options in (
+        {},
+        {"bias": True, "label_smoothing": 0.2},
+        {"softcap": 5.0, "logit_scale": 1.7, "temperature": 0.5},
+        {"spread": 20.0},
+    ):
+        rows = make_rows(131, dtype=dtype, entries=entries, **options)
+        check_run(kernels, rows)
+        check_run(kernels, rows, in_place=False, lifted=dtype == torch.float16)
+
+
+def test_many_entries_of_a_long_vocabulary(kernels):
+    check_run(kernels, make_rows(40_003, count=2, entries=20_001, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 0.999, 1.0], ids="alpha{}".format)
@@ -234,6 +252,18 @@ def test_a_target_out_of_range_makes_its_row_nan(kernels, beta, target):
     assert_same(loss[[0, 2]], clean[0][[0, 2]], dz[[0, 2]], clean[1][[0, 2]])
 
 
+@pytest.mark.parametrize("entry", [-1, 131, 2**31, 2**40, -(2**62)])
+def test_an_entry_with_mass_out_of_range_makes_its_row_nan(kernels, entry):
+    rows = make_rows(131, entries=5)
+    clean = run(kernels, rows)
+    rows.options["more_targets"][1, 2] = entry
+    rows.options["masses"][1, 3] = 0.01
+    loss, dz, _ = run(kernels, rows)
+    assert loss[1].isnan()
+    assert dz[1].isnan().all()
+    assert_same(loss[[0, 2]], clean[0][[0, 2]], dz[[0, 2]], clean[1][[0, 2]])
+
+
 @each_loss
 @each_dtype
 def test_rows_that_do_not_count_are_zero_whatever_they_hold(kernels, beta, dtype):
@@ -336,6 +366,26 @@ def test_what_is_not_held_is_read_again_with_the_same_result(emulated, beta, dty
                 assert plan.held_student == min(alone, every)
                 for in_place in (True, False):
                     assert_same_results(run(emulated, rows, in_place=in_place), expected)
+
+
+@each_dtype
+@each_blocks
+@pytest.mark.parametrize("held", [1.0, 0.3, 0.0], ids="held{}".format)
+def test_entries_lie_in_the_slices_of_several_blocks(emulated, blocks, held, dtype):
+    vocabulary, entries = 9003, 40
+    rows = make_rows(vocabulary, dtype=dtype, count=2, entries=entries, bias=True)
+    if held < 1 and blocks > 1:
+        pytest.skip("what is not held belongs to one block")
+    need = int(held * -(-octets(vocabulary) // blocks)) + entries // 8
+    results = []
+    for descending in (False, True):
+        major = 9 if held == 1 else 8
+        facts = emulated.facts(paired=need, alone=need, major=major)
+        with emulated.device(descending=descending, **facts):
+            results.append(run(emulated, rows))
+            assert_same_results(run(emulated, rows, in_place=False), results[0])
+    check(rows, *results[0])
+    assert_same_results(results[1], results[0])
 
 
 @each_beta

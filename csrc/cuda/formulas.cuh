@@ -93,12 +93,17 @@ SPF_DEVICE float excess(float d) {
 
 // A divergence gives the value and the slope (by log q, up to a multiple of q) of an entry, from p, q and
 // d = log q - log p. BALANCED: the slopes sum to zero but for rounding, so that one sweep gives value and gradient.
-struct NoDivergence {
-  static constexpr bool TEACHER = false, BALANCED = false;
+struct OneTarget {
+  static constexpr bool TEACHER = false, BALANCED = false, ENTRIES = false;
+};
+
+// A kernel of its own for the registers that it takes.
+struct SeveralTargets {
+  static constexpr bool TEACHER = false, BALANCED = false, ENTRIES = true;
 };
 
 struct ForwardKL {
-  static constexpr bool TEACHER = true, BALANCED = true;
+  static constexpr bool TEACHER = true, BALANCED = true, ENTRIES = false;
 
   __device__ __forceinline__ Shift shift(float) const { return {0.0f, false}; }
   __device__ __forceinline__ ValueSlope at(float p, float q, float d, Shift) const {
@@ -107,7 +112,7 @@ struct ForwardKL {
 };
 
 struct ReverseKL {
-  static constexpr bool TEACHER = true, BALANCED = false;
+  static constexpr bool TEACHER = true, BALANCED = false, ENTRIES = false;
 
   __device__ __forceinline__ Shift shift(float d_peak) const { return {d_peak, false}; }
   __device__ __forceinline__ ValueSlope at(float p, float q, float d, Shift shift) const {
@@ -116,7 +121,7 @@ struct ReverseKL {
 };
 
 struct JensenShannon {
-  static constexpr bool TEACHER = true, BALANCED = false;
+  static constexpr bool TEACHER = true, BALANCED = false, ENTRIES = false;
   float p_part, q_part, log_q_part, p_over_q;  // of the mixture m = beta p + (1 - beta) q
 
   // from double: 1 - beta keeps its digits

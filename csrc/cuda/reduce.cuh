@@ -33,7 +33,7 @@ SPF_DEVICE T* of_block(T* shared, int) {
 // nobody has to wait until it has been read.
 struct Exchange {
   static constexpr int REDUCTIONS = 3;
-  float4 warps[REDUCTIONS][max_threads(1) / WARP];
+  float4 warps[REDUCTIONS][MAX_THREADS / WARP];
   float4 blocks[REDUCTIONS][MAX_BLOCKS];
 };
 

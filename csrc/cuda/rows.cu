@@ -6,8 +6,11 @@
 
 namespace softprompt_fast::cuda {
 
+template <class Divergence>
+constexpr int most_threads = Divergence::TEACHER || Divergence::ENTRIES ? MAX_THREADS / 2 : MAX_THREADS;
+
 template <class Divergence, class Head>
-__global__ void __launch_bounds__(max_threads(Divergence::TEACHER ? 2 : 1), 1)
+__global__ void __launch_bounds__(most_threads<Divergence>, 1)
     row_kernel(const __grid_constant__ Task task, const __grid_constant__ Divergence divergence) {
   __shared__ Exchange exchange;
   extern __shared__ float4 row_memory[];
@@ -64,8 +67,11 @@ int run(const Rows& rows, const Divergence& divergence, double alpha, void* stre
   if (rows.C == 0) return cudaSuccess;
   Device device;
   if (cudaError_t error = current_device(device); error != cudaSuccess) return error;
+  const int64_t entry_bytes = rows.K * sizeof(float);
+  if (entry_bytes > device.block_bytes - int64_t(sizeof(Exchange))) return cudaErrorInvalidValue;
   const Task task{rows,
-                  plan_rows(rows.V, Divergence::TEACHER ? 2 : 1, device, sizeof(Exchange)),
+                  plan_rows(rows.V, Divergence::TEACHER ? 2 : 1, most_threads<Divergence>, device,
+                            sizeof(Exchange), entry_bytes),
                   Transform(rows),
                   float(rows.label_smoothing),
                   float(rows.label_smoothing / rows.V),
@@ -82,7 +88,9 @@ int run(const Rows& rows, const Divergence& divergence, double alpha, void* stre
 
 }  // namespace
 
-int sparse_target_rows(const Rows& rows, void* stream) { return run(rows, NoDivergence(), 0.0, stream); }
+int sparse_target_rows(const Rows& rows, void* stream) {
+  return rows.masses ? run(rows, SeveralTargets(), 0.0, stream) : run(rows, OneTarget(), 0.0, stream);
+}
 
 int divergence_rows(const Rows& rows, void* stream) {
   if (rows.beta == 0.0) return run(rows, ForwardKL(), rows.alpha, stream);

@@ -1,6 +1,6 @@
 // The row kernels' door: plain C++ without CUDA or PyTorch types, so that either side compiles alone.
 //
-// Legend: C rows, V vocabulary. p teacher, q student. Natural logarithms.
+// Legend: C rows, V vocabulary, K more targets. p teacher, q student. Natural logarithms.
 #pragma once
 
 #include <cstdint>
@@ -22,6 +22,11 @@ struct Rows {
   Dtype dtype;  // of the head: of bias and dz
   Logits student, teacher;
   const int64_t* targets;  // [C], or null
+  // A target distribution with more entries than one, or null: masses[0] on a tail, masses[1 + k] on more_targets[k]
+  // and the rest on the target. An entry whose mass is 0 is not looked at; no entry comes twice.
+  const int64_t* more_targets;  // [C, K]
+  const float* masses;          // [C, 1 + K]
+  int64_t K;
   const bool* keep;        // [C], or null; where false loss and dz are 0, whatever the row holds
   float* loss;             // [C]
   void* dz;                // [C, V] gradient by student.raw, which it may overwrite in place; or null

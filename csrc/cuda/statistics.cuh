@@ -27,6 +27,17 @@ struct Sums {
   }
 };
 
+// What a target distribution has beside its target.
+struct Spread {
+  float mass = 0.0f;    // of the tail and of more targets
+  float terms = 0.0f;   // what the cross-entropy has of them, all measured from the target's logit
+  int32_t unknown = 0;  // how many of the more targets are no entries
+
+  SPF_DEVICE Spread combine(const Spread& a, const Spread& b) {
+    return {a.mass + b.mass, a.terms + b.terms, a.unknown + b.unknown};
+  }
+};
+
 struct Measures {
   float value = 0.0f, slope = 0.0f;
   float steepest = 0.0f;  // largest |slope|

@@ -4,6 +4,7 @@
 //
 //   load      largest logits
 //   softmax   sums of e^(z - top)
+//   entries   of a target distribution with more than one
 //   measure   sums of value and slope    (divergences that need them before the gradient)
 //   gradient
 //
@@ -23,13 +24,14 @@ namespace softprompt_fast::cuda {
 // What a block does for its row. Head: the dtype of bias and gradient.
 template <class Divergence, class Head>
 struct Worker {
-  static constexpr bool TEACHER = Divergence::TEACHER;
+  static constexpr bool TEACHER = Divergence::TEACHER, ENTRIES = Divergence::ENTRIES;
   static constexpr bool MEASURED_LATE = Divergence::BALANCED;  // where there is a gradient: with it
   static constexpr bool FP16 = std::is_same<Head, __half>::value;
 
   const Task& task;
   const int first, count, octets;  // of the slice
   const Stream<Head> student, teacher;
+  float* const z_more;  // [K], of the entries in the slice
   Row<Divergence> row;
 
   __device__ __forceinline__ Worker(const Task& task, const Divergence& divergence, int64_t index,
@@ -39,13 +41,17 @@ struct Worker {
         student(task.rows.student, index, first, count, task.plan.held[0], memory, task.transform),
         teacher(task.rows.teacher, index, first, count, task.plan.held[1], memory + 2 * task.plan.held[0],
                 task.transform),
+        z_more(reinterpret_cast<float*>(memory + 2 * (task.plan.held[0] + task.plan.held[1]))),
         row(task, divergence, index) {}
 
   __device__ __forceinline__ void run(Exchange& exchange) {
     fetch();
     cluster_sync();  // all blocks have started: their shared memory may be written
     const Tops tops = over_row<0>(load(), exchange);
-    row.finish_softmax(tops, over_row<1>(softmax(tops), exchange));
+    const Sums sums = over_row<1>(softmax(tops), exchange);
+    Spread spread;
+    if constexpr (ENTRIES) spread = over_row<2>(entries(), exchange);
+    row.finish_softmax(tops, sums, spread);
 
     const bool with_grad = task.rows.dz != nullptr;
     Measures measures;
@@ -58,6 +64,7 @@ struct Worker {
         measures = over_row<2>(late, exchange);
         balance(tops, measures.slope, lift);
       }
+      if constexpr (ENTRIES) overwrite_entries(lift);
     }
     if (is_leader()) task.rows.loss[row.index] = row.loss(measures);
   }
@@ -91,6 +98,47 @@ struct Worker {
           inside ? Stream<Head>::entry(task.rows.student, row.index, int(row.target), task.transform) : NAN;
     }
     __pipeline_wait_prior(0);
+  }
+
+  // Calls with (k, id, mass) for those of more targets that are the slice's and this thread's. id -1: no entry.
+  template <class Visit>
+  __device__ __forceinline__ void for_entries(Visit visit) const {
+    const int K = int(task.rows.K);
+#pragma unroll 1  // few rounds, and registers that the sweeps need
+    for (int k = threadIdx.x; k < K; k += blockDim.x) {
+      const float mass = task.rows.masses[row.index * (1 + K) + 1 + k];
+      const int64_t id = task.rows.more_targets[row.index * K + k];
+      // what is no entry, or has no mass, is the first block's
+      const bool is_entry = mass > 0.0f && id >= 0 && id < task.rows.V;
+      if (is_entry ? id >= first && id < first + count : first == 0) visit(k, is_entry ? int(id) : -1, mass);
+    }
+  }
+
+  // Their logits are read before a gradient may lie over them, and kept.
+  __device__ __forceinline__ Spread entries() const {
+    Spread spread;
+    if (is_leader()) {
+      spread.mass = task.rows.masses[row.index * (1 + task.rows.K)];
+      spread.terms = spread.mass * row.z_target;
+    }
+    for_entries([&](int k, int id, float mass) {
+      spread.mass += mass;
+      spread.unknown += id < 0 && mass > 0.0f;
+      if (id < 0) return;
+      z_more[k] = Stream<Head>::entry(task.rows.student, row.index, id, task.transform);
+      spread.terms -= mass * (z_more[k] - row.z_target);
+    });
+    return spread;
+  }
+
+  // q - t of the entries with mass, before it is rounded.
+  __device__ __forceinline__ void overwrite_entries(float lift) const {
+    __syncthreads();
+    for_entries([&](int k, int id, float mass) {
+      if (id < 0) return;
+      const float g = task.nll_weight * row.nll_slope(z_more[k], mass) * task.transform.slope(z_more[k]);
+      dz()[id - first] = Head(FP16 ? g * lift : g);
+    });
   }
 
   __device__ __forceinline__ Tops load() const {

@@ -3,7 +3,7 @@
 The oracle is float64 on the same fp32 logits; the bounds are those of ``contract.py``. Every output
 starts as NaN, and so does what lies between the rows.
 
-Legend: C rows, V vocabulary, q student, p teacher.
+Legend: C rows, V vocabulary, K more targets, q student, p teacher.
 """
 
 from __future__ import annotations
@@ -41,13 +41,14 @@ class Rows:
 
     def take(self, rows: Any) -> Rows:
         """The same problem over some of its rows."""
-        keep = self.options.get("keep")
+        per_row = ("keep", "more_targets", "masses")
+        taken = {name: v[rows] for name, v in self.options.items() if name in per_row}
         return replace(
             self,
             logits=self.logits[rows],
             teacher=None if self.teacher is None else self.teacher[rows],
             targets=None if self.targets is None else self.targets[rows],
-            options={**self.options, "keep": None if keep is None else keep[rows]},
+            options=self.options | taken,
         )
 
     def with_options(self, **options: Any) -> Rows:
@@ -64,9 +65,12 @@ def make_rows(
     spread: float = 2.0,
     distance: float | None = 0.5,
     bias: bool = False,
+    entries: int | None = None,
     **options: Any,
 ) -> Rows:
     """Random rows. distance: of the teacher's logits in units of ``spread``; None: unrelated.
+
+    entries: K, of which every third has no mass and an id that must not be looked at.
 
     With ``alpha`` among the options a divergence has targets, too.
     """
@@ -78,6 +82,15 @@ def make_rows(
     rows = Rows(logits=spread * normal(count, vocabulary), dtype=dtype, options=options)
     if beta is None or "alpha" in options:
         rows.targets = torch.randint(vocabulary, (count,), generator=random)
+    if entries is not None:
+        order = torch.rand(count, vocabulary, generator=random)
+        order = order.scatter(-1, rows.targets.unsqueeze(-1), -1.0)  # the target is none of them
+        ids = order.argsort(-1, descending=True)[:, :entries]
+        share = torch.rand(count, 2 + entries, generator=random).softmax(-1)
+        share *= 1 - options.get("label_smoothing", 0.0)
+        share[:, 1::3] = 0.0
+        options["more_targets"] = torch.where(share[:, 1:-1] > 0, ids, 2**40)
+        options["masses"] = share[:, :-1].contiguous()
     if beta is not None:
         options["beta"] = beta
         other = spread * normal(count, vocabulary)
@@ -191,8 +204,18 @@ def reference_nll(rows: Rows, z: Tensor) -> tuple[Tensor, Tensor]:
     loss = F.cross_entropy(z, rows.targets, reduction="none", label_smoothing=smoothing)
     others = z.scatter(-1, target, -torch.inf).logsumexp(-1, keepdim=True)
     missing = (others - z.gather(-1, target)).sigmoid()
-    dz = z.softmax(-1).scatter(-1, target, smoothing - missing)
-    return loss, dz - smoothing / z.shape[-1]
+    dz = z.softmax(-1)
+    elsewhere = torch.full_like(missing, smoothing)
+    if "masses" in rows.options:
+        tail, masses = (
+            rows.options["masses"].double().split([1, rows.options["masses"].shape[1] - 1], -1)
+        )
+        ids = torch.where(masses > 0, rows.options["more_targets"], target)
+        terms = masses * (z.gather(-1, ids) - z.gather(-1, target))
+        loss = loss + (tail * z.gather(-1, target) - terms.sum(-1, keepdim=True)).squeeze(-1)
+        dz = dz.scatter_add(-1, ids, -masses)
+        elsewhere = elsewhere + tail + masses.sum(-1, keepdim=True)
+    return loss, dz.scatter(-1, target, elsewhere - missing) - smoothing / z.shape[-1]
 
 
 def reference_divergence(z: Tensor, z_teacher: Tensor, beta: float) -> Tensor:

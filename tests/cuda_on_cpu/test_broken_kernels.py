@@ -34,6 +34,12 @@ def a_cluster(kernels):
             check_run(kernels, make_rows(9003))
 
 
+def several_targets(kernels):
+    for descending in (False, True):
+        with kernels.device(descending=descending, **kernels.facts(paired=0, alone=9, major=8)):
+            check_run(kernels, make_rows(2003, entries=40))
+
+
 def confident_students(beta, distance, kernels):
     for seed in range(20):
         rows = make_rows(515, beta, seed=seed, spread=12.0, distance=distance)
@@ -64,6 +70,7 @@ ruled_out = partial(confident_students, 0.3, None)
 SCENARIOS = (
     one_block,
     a_cluster,
+    several_targets,
     forward_kl,
     reverse_kl,
     half_confirmed_students,
@@ -83,6 +90,18 @@ OVERWRITTEN = ("worker.cuh", "if (student.held < octets) __syncthreads();")
         (("worker.cuh", "__pipeline_wait_prior(0);"), "", a_cluster, "loss: error nan"),
         (("reduce.cuh", "__syncthreads();"), "", a_cluster, "loss: error"),
         (("reduce.cuh", "cluster_sync();\n  T row"), "T row", a_cluster, "loss: error"),
+        (
+            ("worker.cuh", "const {\n    __syncthreads();\n    for_entries"),
+            "const {\n    for_entries",
+            several_targets,
+            "dz: L2",
+        ),
+        (
+            ("worker.cuh", "row.nll_slope(z_more[k], mass)"),
+            "row.nll_slope(z_more[k], 0.0f)",
+            several_targets,
+            "dz: L2",
+        ),
         (("worker.cuh", "balance(tops, measures.slope, lift);"), "", forward_kl, "dz: L2"),
         (("formulas.cuh", "d - shift.rate"), "d", reverse_kl, "dz: L2"),
         (
@@ -92,7 +111,12 @@ OVERWRITTEN = ("worker.cuh", "if (student.held < octets) __syncthreads();")
             "dz: L2",
         ),
         (("formulas.cuh", "ruled_out = d_peak > RULED_OUT"), "ruled_out = 0", ruled_out, "dz: L2"),
-        (("row.cuh", "= -missing"), "= q(z_target) - 1.0f", confident_targets, "dz: L2"),
+        (
+            ("row.cuh", "elsewhere - missing"),
+            "elsewhere + (q(z_target) - 1.0f)",
+            confident_targets,
+            "dz: L2",
+        ),
         (("formulas.cuh", "SMALL ? q"), "0.0f ? q", small_divergence, "loss"),
     ],
     ids=[
@@ -101,6 +125,8 @@ OVERWRITTEN = ("worker.cuh", "if (student.held < octets) __syncthreads();")
         "copies not waited for",
         "warps not waited for",
         "blocks not waited for",
+        "targets overwritten too early",
+        "no mass at more targets",
         "no balance",
         "reverse KL not shifted",
         "JSD not shifted",
