@@ -31,7 +31,7 @@ class Answer:
 class SketchOptions:
     """What ``sketch_teacher`` is asked for; the rest it gets from the model's head."""
 
-    top_k: int = 32
+    top_k: int | None = None
     temperature: float = 1.0
 
 

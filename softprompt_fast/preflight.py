@@ -38,7 +38,7 @@ def check_options(
         raise UsageError(
             "--overwrite_output_dir trains anew, and --resume_from_checkpoint does not: give one"
         )
-    choose_store(options.teacher_store, args, top_k=options.teacher_top_k, softcap=None)
+    choose_store(options.teacher_store, args, top_k=options.teacher_top_k, head=None)
     if options.teacher_cache is not None:
         _check_apart(str(args.output_dir), options.teacher_cache)
     if not -(2**63) <= config.prompt_seed < 2**64:

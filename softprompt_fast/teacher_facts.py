@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from .answers import SketchOptions
 from .head import OutputHead
 from .prompting import Query
+from .sketch import default_top_k
 from .teacher import Teacher
 
 # Raised whenever the same facts lead to other bytes.
@@ -34,6 +35,9 @@ def teacher_facts(
     """JSON values by name. Reads all of the model's weights: a second for each GB or two."""
     model = teacher.model
     head = OutputHead.from_model(model)
+    top_k = None
+    if sketch is not None:
+        top_k = sketch.top_k or default_top_k(head.weight.dtype)
     stores = {"answers": True, "hidden": record_hidden, "sketch": sketch is not None}
     return {
         "format_version": FORMAT_VERSION,
@@ -49,7 +53,7 @@ def teacher_facts(
         "max_new_tokens": teacher.max_new_tokens,
         "teacher_batch_size": teacher.batch_size,
         "teacher_store": "+".join(name for name, stored in stores.items() if stored),
-        "teacher_top_k": None if sketch is None else sketch.top_k,
+        "teacher_top_k": top_k,
         "temperature": None if sketch is None else sketch.temperature,
         "logit_scale": head.logit_scale,
         "softcap": head.softcap,

@@ -8,6 +8,8 @@ from typing import Any, Literal
 from .answers import SketchOptions
 from .arguments import SoftPromptTrainingArguments
 from .errors import UsageError
+from .head import OutputHead
+from .sketch import default_top_k
 
 Store = Literal["auto", "sketch", "hidden", "online"]
 KEPT = {
@@ -37,16 +39,16 @@ class TeacherStore:
 
 
 def choose_store(
-    wanted: str, args: SoftPromptTrainingArguments, *, top_k: int, softcap: float | None
+    wanted: str, args: SoftPromptTrainingArguments, *, top_k: int | None, head: OutputHead | None
 ) -> TeacherStore:
-    """softcap: of the model's head; None where it has none, or is not known yet.
+    """top_k: None for the default. head: of the model; None where it is not known yet.
 
     Raises UsageError if the store that is ``wanted`` is not exact for the objective.
     """
     if not args.needs_teacher_states:
         why = f"objective {args.objective} needs nothing else"
         return TeacherStore(kind="answers", why=why)
-    problem = sketch_problem(args, softcap)
+    problem = sketch_problem(args, None if head is None else head.softcap)
     if wanted == "sketch" and problem is not None:
         raise UsageError(
             f"teacher_store sketch cannot be used: {problem}. Use --teacher_store=hidden, which "
@@ -55,6 +57,8 @@ def choose_store(
     why = "as asked for"
     if wanted == "auto":
         wanted, why = ("sketch", "exact for this objective") if not problem else ("hidden", problem)
+    if top_k is None and head is not None:
+        top_k = default_top_k(head.weight.dtype)
     options = SketchOptions(top_k=top_k, temperature=args.temperature)
     return TeacherStore(kind=wanted, why=why, sketch=options if wanted == "sketch" else None)
 

@@ -59,8 +59,12 @@ class TrainOptions:
             "is exact, else hidden."
         },
     )
-    teacher_top_k: int = field(
-        default=32, metadata={"help": "Entries that a sketch keeps of each distribution."}
+    teacher_top_k: int | None = field(
+        default=None,
+        metadata={
+            "help": "Entries that a sketch keeps of each distribution; by default 32, and 128 for a "
+            "head in 16 bits."
+        },
     )
     teacher_cache: str | None = field(
         default=None,
@@ -159,8 +163,8 @@ def train(
         batch_size=options.teacher_batch_size,
         show_progress=not args.disable_tqdm,
     )
-    softcap = OutputHead.from_model(model).softcap
-    store = choose_store(options.teacher_store, args, top_k=options.teacher_top_k, softcap=softcap)
+    head = OutputHead.from_model(model)
+    store = choose_store(options.teacher_store, args, top_k=options.teacher_top_k, head=head)
     progress(str(store))
     sets = [records, eval_records] if args.eval_strategy != "no" and eval_records else [records]
     train_set, *eval_sets = [
