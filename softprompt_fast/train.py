@@ -62,8 +62,8 @@ class TrainOptions:
     teacher_top_k: int | None = field(
         default=None,
         metadata={
-            "help": "Entries that a sketch keeps of each distribution; by default 32, and 128 for a "
-            "head in 16 bits."
+            "help": "Entries that a sketch keeps of each distribution; by default 32, or 128 for "
+            "a head in 16 bits."
         },
     )
     teacher_cache: str | None = field(

@@ -236,9 +236,8 @@ def test_a_sketch_of_real_hidden_states(real_states, dtype):
     teacher, start, weight = (value.to(dtype) for value in real_states)
     assert_exact(BACKENDS[:2], teacher, start, weight, (1.0, 1e-1, 1e-2, 1e-3, 1e-4))
     # the interpreter has time for a part of the head, and once for all of it
-    assert_exact(
-        BACKENDS[2:], teacher, start, weight[:2001] if INTERPRETED else weight, (1.0, 1e-4)
-    )
+    part = weight[:2001] if INTERPRETED else weight
+    assert_exact(BACKENDS[2:], teacher, start, part, (1.0, 1e-4))
     assert_exact(INTERPRETED[:1], teacher, start, weight, (1e-4,))
 
 

@@ -207,9 +207,7 @@ def reference_nll(rows: Rows, z: Tensor) -> tuple[Tensor, Tensor]:
     dz = z.softmax(-1)
     elsewhere = torch.full_like(missing, smoothing)
     if "masses" in rows.options:
-        tail, masses = (
-            rows.options["masses"].double().split([1, rows.options["masses"].shape[1] - 1], -1)
-        )
+        tail, masses = rows.options["masses"].double().tensor_split([1], -1)
         ids = torch.where(masses > 0, rows.options["more_targets"], target)
         terms = masses * (z.gather(-1, ids) - z.gather(-1, target))
         loss = loss + (tail * z.gather(-1, target) - terms.sum(-1, keepdim=True)).squeeze(-1)
