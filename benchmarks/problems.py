@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -76,6 +77,15 @@ def materialised_kl(t: Tensors) -> Tensor:
     return F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
 
 
+def trl_kl(t: Tensors) -> Tensor:
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    divergence, _ = ChunkedDivergenceFunction.apply(
+        t.hidden, t.weight, None, t.teacher, t.weight, None, 0.0
+    )
+    return divergence.mean()
+
+
 class Comparison(NamedTuple):
     """Implementations of one loss, its fp64 oracle, and the passes that it cannot avoid."""
 
@@ -104,6 +114,7 @@ COMPARISONS = {
         {
             "softprompt_fast": lambda t: spf.linear_kl(t.hidden, t.weight, t.teacher),
             "PyTorch": materialised_kl,
+            **({"TRL": trl_kl} if find_spec("trl") else {}),
         },
     ),
     "KL, sketch": Comparison(

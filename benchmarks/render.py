@@ -23,6 +23,14 @@ import matplotlib.pyplot as plt
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PLAIN = "Trainer, PEFT, F.kl_div"
+HEADS = [
+    ("SmolLM2-135M", 576, 49152),
+    ("Qwen2.5-0.5B", 896, 151936),
+    ("Llama-3.2-1B", 2048, 128256),
+    ("Gemma-3-1B", 1152, 262144),
+    ("Llama-3-8B", 4096, 128256),
+]
 OURS, PEER, FLOOR = "#c2410c", "#94a3b8", "#334155"
 
 
@@ -115,9 +123,65 @@ def handbook_line() -> str:
     )
 
 
+def training_table() -> str:
+    """The example's training run against a plain loop, from ``benchmarks/training.py``."""
+    report = read("training.json")
+    lines = [
+        "| | seconds a step | before the first step | the whole run |",
+        "|---|---:|---:|---:|",
+    ]
+    rows = {"softprompt_fast": report["softprompt_fast"]}
+    again = dict(rows["softprompt_fast"])
+    again["preparation_seconds"] = again["preparation_seconds_from_cache"]
+    again["whole_seconds"] = again["preparation_seconds"] + again["training_seconds"]
+    rows |= {"softprompt_fast, from a teacher cache": again, PLAIN: report[PLAIN]}
+    for name, row in rows.items():
+        lines.append(
+            f"| {name} | {row['median_step_seconds']:.2f} | {row['preparation_seconds']:.0f} s | "
+            f"{row['whole_seconds']:.0f} s |"
+        )
+    machine, steps = report["machine"], report["softprompt_fast"]["steps"]
+    lines += [
+        "",
+        f"{steps} steps of 8 sequences, {machine['threads']} cores of an {machine['cpu']}: "
+        f"{report['step_ratio']:.1f} times faster a step, {report['whole_ratio']:.1f} times for "
+        "the whole run. No step's losses differ by more than "
+        f"{report['largest_loss_difference']:.0e} nats.",
+    ]
+    return "\n".join(lines)
+
+
+def cache_table() -> str:
+    """Bytes per answer token of what may be kept of a teacher, by the sizes of its tensors."""
+    lines = [
+        "| head | full logits, fp32 | hidden state, bf16 | sketch, k = 128 | sketch, k = 32 | "
+        "32 largest, the rest lost |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for model, D, V in HEADS:
+        sizes = (4 * V, 2 * D, sketch_bytes(D, 128), sketch_bytes(D, 32), 8 * 32)
+        cells = " | ".join(f"{size:,}" for size in sizes)
+        lines.append(f"| {model} ({D} × {V}) | {cells} |")
+    report = read("training.json")
+    per_token = report["cache_bytes"] / report["answer_tokens"]
+    lines += [
+        "",
+        f"The cache of the example, {report['answer_tokens']:,} answer tokens of SmolLM2-135M in "
+        f"fp32, takes {per_token:,.0f} bytes a token on disk, ids and checksums included.",
+    ]
+    return "\n".join(lines)
+
+
+def sketch_bytes(D: int, k: int) -> int:
+    """ids and probabilities, moment, tail, tail_bias and entropy of a ``TeacherSketch``."""
+    return 8 * k + 4 * D + 16
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "faithfulness": faithfulness_table,
     "cpu": cpu_table,
+    "training": training_table,
+    "cache": cache_table,
     "gpu": gpu_tables,
     "machine": machine_line,
     "handbook": handbook_line,
@@ -153,9 +217,11 @@ def overview_picture() -> None:
     shape = rows[0]["model"], rows[0]["T"]
     shown = [row for row in rows if (row["model"], row["T"]) == shape]
     losses = list(dict.fromkeys(row["loss"] for row in shown))
+    found = {(row["loss"], row["implementation"]): row for row in shown}
     for offset, (name, color) in enumerate((("PyTorch", PEER), ("softprompt_fast", OURS))):
         for position, loss in enumerate(losses):
-            row = next(r for r in shown if (r["loss"], r["implementation"]) == (loss, name))
+            if (row := found.get((loss, name))) is None:
+                continue  # only we have sketches
             bar = right.barh(position + 0.36 * offset, row["passes"], 0.34, color=color, label=name)
             right.bar_label(
                 bar,

@@ -37,6 +37,7 @@ from softprompt_fast.model import SoftPromptModel
 from softprompt_fast.pretrained import load_model
 from softprompt_fast.prompting import teacher_ids
 from softprompt_fast.teacher import Teacher
+from softprompt_fast.teacher_cache import TeacherCache
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "training.json"
@@ -160,23 +161,25 @@ def main() -> None:
     first = prompt.embedding.detach().clone()
     teacher = Teacher(model, tokenizer, max_new_tokens=32, batch_size=16, show_progress=False)
 
-    print("The teacher answers and is sketched ...", flush=True)
-    start = time.perf_counter()
-    sketch = SketchOptions(top_k=32)
-    examples = make_examples(
-        teacher, tokenizer, records, context, record_hidden=False, sketch=sketch
-    )
-    teacher_seconds = time.perf_counter() - start
-    start = time.perf_counter()
-    make_examples(teacher, tokenizer, records, context, record_hidden=False)
-    answer_seconds = time.perf_counter() - start
+    def prepare(**form: Any) -> tuple[list[TrainingExample], float]:
+        start = time.perf_counter()
+        made = make_examples(teacher, tokenizer, records, context, record_hidden=False, **form)
+        return made, time.perf_counter() - start
 
     with tempfile.TemporaryDirectory() as directory:
+        print("The teacher answers ...", flush=True)
+        _, answer_seconds = prepare()
+        print("The teacher answers and is sketched ...", flush=True)
+        form = {"sketch": SketchOptions(), "cache": TeacherCache(Path(directory) / "cache")}
+        _, first_seconds = prepare(**form)
+        examples, cached_seconds = prepare(**form)
+        cache_bytes = sum(path.stat().st_size for path in form["cache"].path.glob("shard-*"))
         print("softprompt_fast ...", flush=True)
         fast, ours = train_fast(model, examples, prompt, options.steps, directory)
         print("Trainer, PEFT, F.kl_div ...", flush=True)
         plain, theirs = train_plain(model, examples, first, options.steps, directory)
-    fast["preparation_seconds"], plain["preparation_seconds"] = teacher_seconds, answer_seconds
+    fast["preparation_seconds"], plain["preparation_seconds"] = first_seconds, answer_seconds
+    fast["preparation_seconds_from_cache"] = cached_seconds
     for result in (fast, plain):
         result["whole_seconds"] = result["preparation_seconds"] + result["training_seconds"]
     losses = zip(fast["losses"], plain["losses"], strict=True)
@@ -184,6 +187,7 @@ def main() -> None:
         "machine": machine(),
         "model": Path(options.model).name,
         "answer_tokens": sum(len(example.answer.ids) for example in examples),
+        "cache_bytes": cache_bytes,
         "softprompt_fast": fast,
         "Trainer, PEFT, F.kl_div": plain,
         "step_ratio": plain["median_step_seconds"] / fast["median_step_seconds"],

@@ -32,7 +32,7 @@ from softprompt_fast.problem import Problem
 
 VOCABULARIES = (32000, 49152, 128256, 151936, 262144)
 WIDTH, TOKENS = 4096, 1024
-MORE = 64  # targets
+MORE = 127  # targets, as many as a sketch has by default
 POINTERS = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",

@@ -178,6 +178,17 @@ def make_case(
     )
 
 
+def sketch_of(case: Case, top_k: int | None = None) -> spf.TeacherSketch:
+    shared = ("bias", "logit_scale", "temperature")
+    options = {name: case.options[name] for name in shared if name in case.options}
+    return spf.sketch_teacher(case.teacher, case.weight, top_k=top_k, **options)
+
+
+def sketched(case: Case, top_k: int | None = None) -> Case:
+    """The same problem with a sketch in the place of the teacher's hidden states."""
+    return replace(case, tensors=(*case.tensors[:-1], sketch_of(case, top_k)))
+
+
 def moved_to(case: Case, kl: float) -> Case:
     """The student on the straight line to its teacher, where KL(p || q) is about ``kl``."""
     step = distance_at(kl, *reversed(_streams(case)))

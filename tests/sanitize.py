@@ -45,6 +45,10 @@ def row_kernels(kernels, vocabulary: int, dtype: torch.dtype, nll_only: bool) ->
     bias = normal(vocabulary, dtype=dtype)
     unscale = torch.empty(C, device=DEVICE) if dtype == torch.float16 else None
 
+    more = (targets.unsqueeze(-1) + 1 + torch.arange(40, device=DEVICE)) % vocabulary
+    masses = torch.full((C, 41), 0.02, device=DEVICE)
+    masses[:, 1 + min(40, vocabulary - 1) :] = 0.0  # no entry comes twice
+
     def in_place(logits: Tensor) -> Tensor:
         return logits.view(dtype)[:, :vocabulary]
 
@@ -55,6 +59,10 @@ def row_kernels(kernels, vocabulary: int, dtype: torch.dtype, nll_only: bool) ->
         full = logits_of(vocabulary)
         options = dict(keep=keep, bias=bias, softcap=5.0, label_smoothing=0.1, unscale=unscale)
         kernels.sparse_target_rows_(full[:, :vocabulary], targets, loss, where(full), **options)
+        assert loss.isfinite().all()
+        full = logits_of(vocabulary)
+        several = dict(more_targets=more, masses=masses, **options)
+        kernels.sparse_target_rows_(full[:, :vocabulary], targets, loss, where(full), **several)
         assert loss.isfinite().all()
     kernels.sparse_target_rows_(logits_of(vocabulary)[:, :vocabulary], targets, loss, None)
     for beta in () if nll_only else BETAS:
@@ -107,6 +115,10 @@ def streaming() -> None:
                 )
                 (gradient,) = torch.autograd.grad(value, hidden)
                 assert gradient.isfinite().all()
+            sketch = spf.sketch_teacher(normal(T, D, dtype=dtype), weight, bias=bias)
+            options = {"backend": "streaming", "workspace_mib": workspace_mib}
+            value = spf.linear_distill(hidden, weight, targets, sketch, bias=bias, **options)
+            assert torch.autograd.grad(value, hidden)[0].isfinite().all()
 
 
 if __name__ == "__main__":

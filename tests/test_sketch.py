@@ -22,25 +22,16 @@ from contract import (
     moved_to,
     oracle,
     run,
+    sketch_of,
+    sketched,
 )
 
 import softprompt_fast as spf
 from softprompt_fast import TeacherSketch, sketch_teacher
 from softprompt_fast.sketch import sparse_target
 
-SHARED = ("bias", "logit_scale", "temperature")
 LOSSES = ("linear_kl", "linear_distill")
 each_loss = pytest.mark.parametrize("loss", LOSSES)
-
-
-def sketch_of(case: Case, top_k: int = 32) -> TeacherSketch:
-    shared = {name: case.options[name] for name in SHARED if name in case.options}
-    return sketch_teacher(case.teacher, case.weight, top_k=top_k, **shared)
-
-
-def sketched(case: Case, top_k: int = 32) -> Case:
-    """The same problem with a sketch in the place of the teacher's hidden states."""
-    return replace(case, tensors=(*case.tensors[:-1], sketch_of(case, top_k)))
 
 
 def hold_contract(case: Case, backend: str, top_k: int = 32) -> None:
