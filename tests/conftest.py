@@ -41,8 +41,8 @@ def filled(toy, tmp_path_factory):
 
 
 @pytest.fixture
-def cache(filled, tmp_path):
-    """A full cache, to be damaged."""
+def directory(filled, tmp_path):
+    """Of a full cache of its own, to be damaged."""
     return shutil.copytree(filled, tmp_path / "cache")
 
 

@@ -38,20 +38,20 @@ def short_write(monkeypatch, size):
 
 
 @pytest.mark.parametrize("fail", [no_space, short_write])
-def test_a_failed_write_names_the_file_and_its_bytes(toy, filled, cache, monkeypatch, fail):
-    shard = shards(cache)[0]
+def test_a_failed_write_names_the_file_and_its_bytes(toy, filled, directory, monkeypatch, fail):
+    shard = shards(directory)[0]
     size = shard.stat().st_size
     shard.unlink()
     with monkeypatch.context() as patch:
         restore = fail(patch, size)
         try:
             with pytest.raises(OSError, match=f"cannot write {size} bytes: .*: '{shard}'"):
-                toy.answers(cache)
+                toy.answers(directory)
         finally:
             restore()
-    assert contents(cache).items() < contents(filled).items()
-    toy.answers(cache)
-    assert contents(cache) == contents(filled)
+    assert contents(directory).items() < contents(filled).items()
+    toy.answers(directory)
+    assert contents(directory) == contents(filled)
 
 
 def in_another_process(job):

@@ -134,13 +134,13 @@ OF_THE_FACTS = [be_huge, link_away, link_to_nothing, be_a_directory, be_a_pipe]
     ids=lambda value: value.__name__ if callable(value) else "facts" if value else "shard",
 )
 def test_damage_is_set_aside_and_made_again(
-    toy, filled, cache, tmp_path, monkeypatch, capsys, damage, facts
+    toy, filled, directory, tmp_path, monkeypatch, capsys, damage, facts
 ):
     monkeypatch.chdir(tmp_path)
-    path = cache / FACTS_FILE if facts else shards(cache)[0]
-    others = {p: p.stat().st_ino for p in cache.iterdir() if p != path}
+    path = directory / FACTS_FILE if facts else shards(directory)[0]
+    others = {p: p.stat().st_ino for p in directory.iterdir() if p != path}
     what = damage(path, tmp_path)
-    answers = toy.answers(cache)
+    answers = toy.answers(directory)
     said = capsys.readouterr().err
     assert said.startswith(f"{path} ")
     assert what in said
@@ -152,12 +152,12 @@ def test_damage_is_set_aside_and_made_again(
     assert not (tmp_path / "evil").exists()
 
 
-def test_what_was_set_aside_stays(toy, cache):
-    shard = shards(cache)[0]
+def test_what_was_set_aside_stays(toy, directory):
+    shard = shards(directory)[0]
     for content in (b"one", b"two", b"three"):
         shard.write_bytes(content)
-        toy.answers(cache)
-    aside = {n.removeprefix(shard.name): data for n, data in contents(cache).items()}
+        toy.answers(directory)
+    aside = {n.removeprefix(shard.name): data for n, data in contents(directory).items()}
     assert aside[".damaged"] == b"one"
     assert aside[".2.damaged"] == b"two"
     assert aside[".3.damaged"] == b"three"

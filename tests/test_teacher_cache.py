@@ -53,20 +53,20 @@ def test_shards_have_the_batches_of_the_whole(tmp_path, batch_size):
     assert len(shards(tmp_path)) == len(toy.teacher.shards(len(toy.queries)))
 
 
-def test_a_second_run_computes_nothing(toy, cache):
+def test_a_second_run_computes_nothing(toy, directory):
     calls = []
     hook = toy.model.get_decoder().register_forward_hook(lambda *_: calls.append(1))
-    toy.answers(cache)
+    toy.answers(directory)
     assert not calls
-    shards(cache)[0].unlink()
-    toy.answers(cache)
+    shards(directory)[0].unlink()
+    toy.answers(directory)
     assert calls
     hook.remove()
 
 
 @pytest.mark.parametrize("full", [True, False], ids=["read", "computed"])
-def test_answers_are_mapped_into_memory(toy, cache, tmp_path, full):
-    directory = cache if full else tmp_path / "new"
+def test_answers_are_mapped_into_memory(toy, directory, tmp_path, full):
+    directory = directory if full else tmp_path / "new"
     answer = toy.answers(directory)[0]
     address = answer.hidden.data_ptr()
     with open("/proc/self/maps") as file:
@@ -79,16 +79,16 @@ def test_answers_are_mapped_into_memory(toy, cache, tmp_path, full):
     assert name in map(str, shards(directory))
 
 
-def test_a_change_of_an_answer_does_not_reach_the_file(toy, cache, filled):
-    toy.answers(cache)[0].hidden.zero_()
-    assert contents(cache) == contents(filled)
+def test_a_change_of_an_answer_does_not_reach_the_file(toy, directory, filled):
+    toy.answers(directory)[0].hidden.zero_()
+    assert contents(directory) == contents(filled)
 
 
-def test_other_data_are_other_shards(toy, cache, filled):
+def test_other_data_are_other_shards(toy, directory, filled):
     other = CachedToy(questions=[*toy.questions[:-1], "Later?"])
-    assert bits(other.answers(cache)) == expected(other)
-    assert contents(filled).items() < contents(cache).items()
-    assert len(shards(cache)) == NUM_SHARDS + 1  # the question was in the second shard
+    assert bits(other.answers(directory)) == expected(other)
+    assert contents(filled).items() < contents(directory).items()
+    assert len(shards(directory)) == NUM_SHARDS + 1  # the question was in the second shard
 
 
 # Whose it is
@@ -142,29 +142,29 @@ def stale(toy, directory) -> tuple[str, list[str]]:
 
 
 @pytest.mark.parametrize("names", STALE)
-def test_a_stale_cache_is_refused_by_what_differs(cache, filled, names):
-    assert stale(CachedToy(**STALE[names]()), cache) == (FACTS_FILE, names.split())
-    assert contents(cache) == contents(filled)
+def test_a_stale_cache_is_refused_by_what_differs(directory, filled, names):
+    assert stale(CachedToy(**STALE[names]()), directory) == (FACTS_FILE, names.split())
+    assert contents(directory) == contents(filled)
 
 
-def test_another_format_is_stale(toy, cache, monkeypatch):
+def test_another_format_is_stale(toy, directory, monkeypatch):
     monkeypatch.setattr(teacher_facts, "FORMAT_VERSION", 2)
-    assert stale(toy, cache) == (FACTS_FILE, ["format_version"])
+    assert stale(toy, directory) == (FACTS_FILE, ["format_version"])
 
 
-def test_a_shard_of_another_teacher_is_refused(toy, cache, tmp_path):
+def test_a_shard_of_another_teacher_is_refused(toy, directory, tmp_path):
     CachedToy(**retrained(seed=1)).answers(tmp_path / "other")
     shard = shards(tmp_path / "other")[0]
-    shutil.copy(shard, cache)
-    assert stale(toy, cache) == (shard.name, ["weights"])
+    shutil.copy(shard, directory)
+    assert stale(toy, directory) == (shard.name, ["weights"])
 
 
-def test_how_the_tokenizer_was_last_called_is_no_fact(toy, cache, computed):
+def test_how_the_tokenizer_was_last_called_is_no_fact(toy, directory, computed):
     tokenizer = copy.deepcopy(make_tokenizer())
     before = tokenizer.backend_tokenizer.to_str()
     tokenizer("text", truncation=True, max_length=2)
     assert tokenizer.backend_tokenizer.to_str() != before
-    CachedToy(tokenizer=tokenizer).answers(cache)
+    CachedToy(tokenizer=tokenizer).answers(directory)
     assert computed() == 0
 
 
@@ -187,17 +187,17 @@ def test_a_directory_that_cannot_be_written(tmp_path):
 
 @pytest.mark.parametrize("kind", ["lock", "tmp"])
 @pytest.mark.parametrize("of", ["facts", "shard"])
-def test_a_link_leads_nowhere(toy, filled, cache, tmp_path, of, kind):
-    path = cache / FACTS_FILE if of == "facts" else shards(cache)[0]
+def test_a_link_leads_nowhere(toy, filled, directory, tmp_path, of, kind):
+    path = directory / FACTS_FILE if of == "facts" else shards(directory)[0]
     path.unlink()
     (tmp_path / "thesis.tex").write_text("precious")
     name = "lock" if kind == "lock" else f"{os.getpid()}.tmp"
-    link = cache / f".{path.name}.{name}"
+    link = directory / f".{path.name}.{name}"
     link.symlink_to(tmp_path / "thesis.tex")
     if kind == "lock":
         with pytest.raises(OSError, match=str(link)):
-            toy.answers(cache)
+            toy.answers(directory)
     else:
-        toy.answers(cache)
-        assert contents(cache) == contents(filled)
+        toy.answers(directory)
+        assert contents(directory) == contents(filled)
     assert (tmp_path / "thesis.tex").read_text() == "precious"

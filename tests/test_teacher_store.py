@@ -68,6 +68,15 @@ def test_a_softcap_falls_back_to_hidden_states(tmp_path, capsys):
     )
 
 
+def test_a_stale_cache_ends_a_run_before_it_begins(tmp_path, capsys):
+    cache = dict(teacher_cache=tmp_path / "cache")
+    assert main(train_flags(tmp_path, max_steps=1, **cache)) == 0
+    error = refused(capsys, train_flags(tmp_path, "other", max_new_tokens=5, **cache))
+    assert f"error: teacher_cache {tmp_path / 'cache'} is stale: teacher_cache.json" in error
+    assert "was made with max_new_tokens: 7 there, 5 now. Choose another directory" in error
+    assert not (tmp_path / "other/run.json").exists()
+
+
 def occupy(path):
     path.mkdir()
     (path / "thesis.tex").touch()
