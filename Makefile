@@ -1,6 +1,7 @@
 # make demo   train and judge a soft prompt on a real model, from nothing
 # make test   all tests          make check   what CI runs
 # make bench  time the losses against bare matrix products
+# make torture  200 times kill -9, 2,000 flipped bits, files cut to every length: 5 minutes
 # make gpu    on a machine with a GPU, whose python3 has PyTorch: build, test, sanitize and time
 # make docs   write the figures of the documentation from the last bench and demo
 VENV   ?= .venv
@@ -17,7 +18,7 @@ SOURCES := $(shell find csrc kernels softprompt_fast -name '*.py' -o -name '*.cp
            pyproject.toml setup.py
 
 .DELETE_ON_ERROR:
-.PHONY: demo test check lint format bench gpu docs clean
+.PHONY: demo test torture check lint format bench gpu docs clean
 
 demo: $(MODEL)/config.json
 	@$(BIN)/softprompt-fast train --config examples/handbook.yaml --model $(MODEL) --output_dir $(RUN)
@@ -28,6 +29,9 @@ demo: $(MODEL)/config.json
 
 test: $(VENV)/dev
 	$(BIN)/pytest -n auto
+
+torture: $(VENV)/dev
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tests/torture.py $(TORTURE_FLAGS)
 
 check: lint test
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers.trainer import safe_globals
 
-from .files import read_json, sha256, sync_directory, sync_file, write_json
+from .files import leftovers, read_json, sha256, sync_directory, sync_file, write_json
 
 MANIFEST_FILE = "manifest.json"
 FORMAT_VERSION = 1
@@ -28,6 +28,8 @@ NEEDED_TO_RESUME = (
 
 def write_manifest(checkpoint: Path) -> None:
     """Make a checkpoint durable: first its files, then the manifest that vouches for them."""
+    for temporary in leftovers(checkpoint, ["*"]):  # of a save that was killed
+        temporary.unlink()
     files = sorted(path for path in checkpoint.iterdir() if path.name != MANIFEST_FILE)
     for path in files:
         sync_file(path)

@@ -57,9 +57,11 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
     """Whether this process holds the lock ``path``, which it lets go at the end of the block.
 
     The system lets it go for a process that dies. The file goes with the lock.
+    Raises OSError if ``path`` is a symbolic link.
     """
     while True:
-        with open(path, "w") as file:
+        # Neither what a link leads to nor what lies here is touched.
+        with open(path, "a", opener=_follow_no_link) as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
@@ -72,6 +74,10 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
                 finally:
                     path.unlink(missing_ok=True)
                 return
+
+
+def _follow_no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, mode=0o666)
 
 
 def _lies_at(path: Path, descriptor: int) -> bool:

@@ -21,7 +21,7 @@ from .answers import Answer, SketchOptions
 from .console import progress
 from .files import leftovers, locked, make_writable, sync_directory, write_bytes
 from .prompting import Query
-from .shards import UNSEALED, DamagedFile, is_sealed, read_shard, seal, write_shard
+from .shards import MAX_HEADER, UNSEALED, DamagedFile, is_sealed, read_shard, seal, write_shard
 from .teacher import Reading, Teacher
 from .teacher_facts import differing_facts, queries_sha256
 
@@ -139,7 +139,7 @@ class TeacherCache:
                 temporary.unlink()
             if os.path.lexists(path):
                 try:
-                    return self._check_facts(path, _read_facts(path), facts)
+                    return self._check_facts(path, read_facts(path), facts)
                 except DamagedFile as error:
                     self._set_aside(path, error)
             text = json.dumps({"facts": facts, "seal": UNSEALED}, indent=2, sort_keys=True) + "\n"
@@ -165,11 +165,13 @@ class TeacherCache:
         progress(f"{error}. It is kept as {aside.name}, and made again.")
 
 
-def _read_facts(path: Path) -> dict[str, Any]:
+def read_facts(path: Path) -> dict[str, Any]:
     """Raises DamagedFile."""
     if path.is_symlink() or not path.is_file():
         raise DamagedFile(f"{path} is damaged: it is not a plain file")
-    data = path.read_bytes()
+    with open(path, "rb") as file:
+        data = file.read(MAX_HEADER)
     if not is_sealed(data):
-        raise DamagedFile(f"{path} is damaged: its bytes, 0 to {len(data)}, are not as written")
+        size = path.stat().st_size
+        raise DamagedFile(f"{path} is damaged: its bytes, 0 to {size}, are not as written")
     return json.loads(data)["facts"]

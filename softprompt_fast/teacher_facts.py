@@ -51,6 +51,7 @@ def teacher_facts(
         "context": None if context is None else _sha256_of_json(context),
         "end_ids": list(teacher.end_ids),
         "max_new_tokens": teacher.max_new_tokens,
+        "do_sample": teacher.do_sample,
         "teacher_batch_size": teacher.batch_size,
         "teacher_store": "+".join(name for name, stored in stores.items() if stored),
         "teacher_top_k": top_k,

@@ -1,8 +1,10 @@
-"""Where there is no GPU, Triton's kernels run in its interpreter, as the same arithmetic."""
+"""Triton's interpreter where there is no GPU: the same arithmetic. And a full teacher cache."""
 
 from __future__ import annotations
 
 import os
+import shutil
+import time
 
 import pytest
 import torch
@@ -20,3 +22,44 @@ def _repaired_interpreter():
 
     with repaired():
         yield
+
+
+@pytest.fixture(scope="session")
+def toy():
+    """A teacher with all that its cache may hold."""
+    from toy_cache import CachedToy
+
+    return CachedToy()
+
+
+@pytest.fixture(scope="session")
+def filled(toy, tmp_path_factory):
+    """The directory of a full cache; not to be changed."""
+    directory = tmp_path_factory.mktemp("filled") / "cache"
+    toy.answers(directory)
+    return directory
+
+
+@pytest.fixture
+def directory(filled, tmp_path):
+    """Of a full cache of its own, to be damaged."""
+    return shutil.copytree(filled, tmp_path / "cache")
+
+
+@pytest.fixture
+def computed(monkeypatch, tmp_path_factory):
+    """How many shards were computed since, by whichever process."""
+    from softprompt_fast.teacher import Teacher
+
+    log = tmp_path_factory.mktemp("log") / "shards"
+    log.touch()
+    answer = Teacher.answer
+
+    def logged(self, *args, **options):
+        with log.open("a") as file:
+            file.write(".")
+        time.sleep(0.05)  # the time to get into each other's way
+        return answer(self, *args, **options)
+
+    monkeypatch.setattr(Teacher, "answer", logged)
+    return lambda: log.stat().st_size

@@ -78,6 +78,14 @@ def test_broken_checkpoints_go_first_and_take_no_place(save, tmp_path):
     assert steps(tmp_path) == [13, 21]
 
 
+def test_what_a_killed_save_left_goes_with_the_next_one(save):
+    checkpoint = save(7, broken=True)
+    (checkpoint / ".adapter_config.json.123.tmp").touch()
+    write_manifest(checkpoint)
+    names = sorted(path.name for path in checkpoint.iterdir())
+    assert names == sorted([*NEEDED_TO_RESUME, "manifest.json"])
+
+
 def test_the_checkpoint_just_written_stays(save, tmp_path):
     save(21)
     save(30)
