@@ -27,7 +27,7 @@ demo: $(MODEL)/config.json
 	@$(BIN)/softprompt-fast generate --prompt_dir $(RUN) "$(QUESTION)"
 
 test: $(VENV)/dev
-	$(BIN)/pytest -n auto
+	$(BIN)/pytest -n auto --dist loadgroup
 
 check: lint test
 
