@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .head import OutputHead
 from .sketch import TeacherSketch, sketch_teacher
+
+# Before the names of a sketch's tensors.
+SKETCH = "sketch."
 
 
 @dataclass(kw_only=True, eq=False)
@@ -61,6 +65,40 @@ def keep_sketches(
 def split(sketch: TeacherSketch, lengths: Sequence[int]) -> list[TeacherSketch]:
     """One sketch for each of the answers that have so many tokens."""
     return [sketch[start:stop] for start, stop in pairwise(accumulate(lengths, initial=0))]
+
+
+def pack(answers: Sequence[Answer]) -> dict[str, Tensor]:
+    """All that they hold, in one tensor of each kind."""
+    tensors = {
+        "answer_ids": torch.tensor([i for a in answers for i in a.ids], dtype=torch.int32),
+        "lengths": torch.tensor(_lengths(answers), dtype=torch.int32),
+    }
+    hidden = [a.hidden for a in answers if a.hidden is not None]
+    if hidden:
+        tensors["hidden"] = torch.cat(hidden)
+    sketches = [a.sketch for a in answers if a.sketch is not None]
+    if sketches:
+        joined = TeacherSketch.cat(sketches)
+        values = {field.name: getattr(joined, field.name) for field in fields(joined)}
+        tensors |= {SKETCH + n: v for n, v in values.items() if isinstance(v, Tensor)}
+    return tensors
+
+
+def unpack(tensors: dict[str, Tensor], facts: Mapping[str, Any]) -> list[Answer]:
+    """What was packed. facts: logit_scale and temperature, if there are sketches."""
+    lengths = tensors["lengths"].tolist()
+    answers = [Answer(ids=part.tolist()) for part in tensors["answer_ids"].split(lengths)]
+    if "hidden" in tensors:
+        for answer, hidden in zip(answers, tensors["hidden"].split(lengths), strict=True):
+            answer.hidden = hidden
+    values: Any = {n.removeprefix(SKETCH): t for n, t in tensors.items() if n.startswith(SKETCH)}
+    if values:
+        options = {name: facts[name] for name in ("logit_scale", "temperature")}
+        for answer, own in zip(
+            answers, split(TeacherSketch(**values, **options), lengths), strict=True
+        ):
+            answer.sketch = own
+    return answers
 
 
 def _lengths(answers: Sequence[Answer]) -> list[int]:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 
 from . import backends
@@ -103,6 +104,11 @@ class SoftPromptTrainingArguments(TrainingArguments):
                 raise ValueError(
                     f"{name} is not supported: got {getattr(self, name)}. Leave it out."
                 )
+        if self.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"):
+            raise ValueError(
+                "fsdp is not supported: it would split the soft prompt and save the frozen model. "
+                "Leave it out; --shard_base splits the frozen model alone."
+            )
         check_at_least(self, 1, *COUNTS)
         check_at_least(self, 0, *AMOUNTS)
         if self.max_steps < 1 and not 0.0 < self.num_train_epochs < math.inf:

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from .head import input_embedding
+from .sharded_base import whole
 
 # A fine-tuned model differs in all matrices, or in every nth: one number of each of these many.
 SAMPLES = 128
@@ -29,7 +30,8 @@ def base_facts(model: PreTrainedModel) -> dict[str, Any]:
         "num_hidden_layers": config.num_hidden_layers,
         "num_attention_heads": config.num_attention_heads,
         "weights": {
-            name: float(value.detach().flatten()[value.numel() // 2]) for name, value in sampled
+            name: float(whole(value).detach().flatten()[value.numel() // 2])
+            for name, value in sampled
         },
     }
 

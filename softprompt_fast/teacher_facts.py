@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from .answers import SketchOptions
 from .head import OutputHead
 from .prompting import Query
+from .sharded_base import whole
 from .sketch import default_top_k
 from .teacher import Teacher
 
@@ -79,7 +80,7 @@ def weights_sha256(model: PreTrainedModel) -> str:
     digest = hashlib.sha256()
     for name, value in (*model.named_parameters(), *model.named_buffers()):
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
-        digest.update(tensor_bytes(value))
+        digest.update(tensor_bytes(whole(value)))
     return digest.hexdigest()
 
 

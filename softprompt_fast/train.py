@@ -80,6 +80,10 @@ class TrainOptions:
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run Python code that the model's repository brings."}
     )
+    shard_base: bool = field(
+        default=False,
+        metadata={"help": "Each of several processes holds its part of the model's layers."},
+    )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Delete the earlier run in output_dir and train anew."}
     )
@@ -94,7 +98,7 @@ FREE_OPTIONS = frozenset(
     [
         *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "save_total_limit"),
         *("train_file", "context_file", "eval_file"),  # the first two are compared by content
-        "teacher_cache",
+        *("teacher_cache", "shard_base"),
         *("disable_tqdm", "logging_strategy", "logging_steps", "logging_first_step", "log_level"),
         *("report_to", "run_name", "hub_token", "trust_remote_code"),
     ]
@@ -130,6 +134,9 @@ def train(
     for name, digest in digests.items():
         if inputs[name] is not None:
             decisive[f"{name}_sha256"] = digest.hexdigest()
+    if args.world_size > 1:
+        # They share out a batch, or each reads one: a run goes on with as many as it began with.
+        decisive["num_processes"] = args.world_size
     is_first_process = args.process_index == 0
     with args.main_process_first(local=False):
         directory = RunDirectory(
@@ -153,6 +160,7 @@ def train(
         dtype=options.dtype,
         device=args.device,
         trust_remote_code=options.trust_remote_code,
+        shard=options.shard_base and args.world_size > 1,
     )
     progress(f"The model computes in {str(model.dtype).removeprefix('torch.')} on {model.device}")
     prompt = SoftPrompt.from_model(model, tokenizer, config, context or records[0].context)
@@ -168,7 +176,7 @@ def train(
     progress(str(store))
     sets = [records, eval_records] if args.eval_strategy != "no" and eval_records else [records]
     train_set, *eval_sets = [
-        make_examples(teacher, tokenizer, part, context, cache=cache, **store.record)
+        make_examples(teacher, tokenizer, part, context, cache=cache, together=True, **store.record)
         for part in sets
     ]
     trainer = SoftPromptTrainer(

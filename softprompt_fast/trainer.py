@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
@@ -28,7 +29,8 @@ from .checkpoints import (
 )
 from .examples import check_examples
 from .model import IGNORE, SoftPromptModel, TrainingExample, scaled
-from .sharding import shared_loader
+from .sharded_base import in_lockstep, sharded_parameters
+from .sharding import own_share, shared_loader
 from .sketch import TeacherSketch
 from .soft_prompt import SoftPrompt
 from .teacher import Reading, Teacher
@@ -83,6 +85,10 @@ class SoftPromptTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             **options,
+        )
+        # What is split has no copies that nn.DistributedDataParallel could keep alike.
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+            model, sharded_parameters(model)
         )
 
     def train(
@@ -151,10 +157,11 @@ class SoftPromptTrainer(Trainer):
         self.callback_handler.eval_dataloader = dataloader
         was_training = self.model.training
         self.model.eval()
-        own = [dataset[i] for i in range(args.process_index, len(dataset), args.world_size)]
         total = tokens = 0.0
-        for start in range(0, len(own), args.eval_batch_size):
-            batch = self.data_collator(cast(Any, own[start : start + args.eval_batch_size]))
+        step = args.eval_batch_size * args.world_size
+        for start in range(0, len(dataset), step):
+            examples = [dataset[i] for i in range(start, min(start + step, len(dataset)))]
+            batch = own_share(self.data_collator, args.process_index, args.world_size, examples)
             inputs = cast(dict[str, Any], self._prepare_inputs(batch))
             with torch.no_grad():
                 total += self._summed_loss(self.model, inputs).item()
@@ -183,11 +190,14 @@ class SoftPromptTrainer(Trainer):
         teacher = hidden if sketch is None else sketch
         examples = inputs.pop("examples", None)
         labels = inputs["labels"]
+        if self.teacher is not None:
+            # Of all processes, some may have no example to ask about.
+            with in_lockstep(self.model.base):
+                teacher = self._ask(self.teacher, examples) if examples else None
         with self.accelerator.autocast():
             hidden = model(**inputs, gradient_scale=gradient_scale)
         if self.teacher is not None:
-            teacher = hidden.detach()[:0] if not examples else self._ask(self.teacher, examples)
-            teacher = teacher.to(hidden.device)
+            teacher = hidden.detach()[:0] if teacher is None else teacher.to(hidden.device)
         total = self._objective(hidden, labels[labels != IGNORE], teacher)
         if not torch.isfinite(total):
             raise FloatingPointError(

@@ -390,6 +390,7 @@ def test_several_evaluation_sets_are_told_apart_by_their_names(tmp_path):
         (dict(neftune_noise_alpha=5.0), "neftune_noise_alpha is not supported: got 5.0"),
         (dict(bf16_full_eval=True), "bf16_full_eval is not supported: got True"),
         (dict(fp16_full_eval=True), "fp16_full_eval is not supported: got True"),
+        (dict(fsdp="full_shard"), "fsdp is not supported: it would split the soft prompt"),
         (
             dict(train_sampling_strategy="group_by_length"),
             "train_sampling_strategy must be one of random, sequential: got 'group_by_length'",

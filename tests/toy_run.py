@@ -52,10 +52,14 @@ def train_flags(folder: Path, output: str = "run", **changes: object) -> list[st
     return ["train", *(f"--{name}={value}" for name, value in flags.items() if value is not None)]
 
 
-def start(arguments: list[str]) -> subprocess.Popen[str]:
+def start(arguments: list[str], *launcher: str) -> subprocess.Popen[str]:
     """The command in a process of its own, so that it can be sent signals."""
+    return spawn(*launcher, "-m", "softprompt_fast", *arguments)
+
+
+def spawn(*command: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "softprompt_fast", *arguments],
+        [sys.executable, *command],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
