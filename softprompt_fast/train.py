@@ -15,7 +15,7 @@ from transformers import PrinterCallback, ProgressCallback, set_seed
 
 from .arguments import SoftPromptTrainingArguments
 from .bounds import check_at_least
-from .checkpoints import last_good_checkpoint
+from .checkpoints import last_good_checkpoint, rotate_checkpoints
 from .console import progress, say
 from .data import read_jsonl, read_text
 from .examples import check_contexts, make_examples
@@ -225,6 +225,9 @@ def _run(
         say(f"The same command{f' without --{flag}' if restarts else ''} goes on from there.")
         return stop.exit_code
     if trainer.args.should_save:
+        # A run that was killed after its last save, and before or in its rotation, is over by now.
+        best = trainer.state.best_model_checkpoint
+        rotate_checkpoints(directory.path, trainer.args.save_total_limit, best)
         prompt.save_pretrained(directory.path)
     directory.finish(
         objective=trainer.args.objective,

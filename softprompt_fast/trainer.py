@@ -110,6 +110,11 @@ class SoftPromptTrainer(Trainer):
             self._rotate(Path(str(self.args.output_dir)))
         return output
 
+    def _run_epoch(self, *args: Any, **options: Any) -> None:
+        """A run that was killed after its last save has no step left; Trainer would do another."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **options)
+
     def compute_loss(
         self,
         model: torch.nn.Module,

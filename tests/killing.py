@@ -10,6 +10,7 @@ import select
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -18,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import tqdm.auto
 
 from softprompt_fast.checkpoints import last_good_checkpoint
 
@@ -114,6 +116,9 @@ def _be_the_child(job: Job, directory: Path, fate: Fate, log: Path, writing: int
             os.dup2(sys.stdout.fileno(), stream)
         faulthandler.dump_traceback_later(HUNG, exit=True, file=sys.stderr)
         torch.set_num_threads(1)  # the threads of the parent's pool are not here
+        for bar in (tqdm.std.tqdm, tqdm.auto.tqdm):
+            # Theirs is a semaphore of all forks, which a killed one never gives back.
+            bar.set_lock(threading.RLock())
         tripwire = Tripwire(fate)
         tripwire.install()
         job(directory)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 
 import pytest
@@ -17,6 +18,7 @@ from softprompt_fast.checkpoints import (
     verify_checkpoint,
     write_manifest,
 )
+from softprompt_fast.cli import main
 
 STEPS = {"max_steps": 400, "save_steps": 20}
 WEIGHTS = "adapter_model.safetensors"
@@ -84,6 +86,20 @@ def test_what_a_killed_save_left_goes_with_the_next_one(save):
     write_manifest(checkpoint)
     names = sorted(path.name for path in checkpoint.iterdir())
     assert names == sorted([*NEEDED_TO_RESUME, "manifest.json"])
+
+
+def test_a_run_killed_after_its_last_step_has_no_step_left(tmp_path):
+    """But what came after the step is done: here a rotation, and the prompt."""
+    flags = train_flags(tmp_path, max_steps=2, save_steps=1, save_total_limit=1)
+    run = tmp_path / "run"
+    assert main(flags) == 0
+    weights = (run / WEIGHTS).read_bytes()
+    shutil.copytree(run / "checkpoint-2", run / "checkpoint-1")
+    (run / "checkpoint-1" / WEIGHTS).unlink()
+    (run / WEIGHTS).unlink()
+    assert main(flags) == 0
+    assert steps(run) == [2]
+    assert (run / WEIGHTS).read_bytes() == weights
 
 
 def test_the_checkpoint_just_written_stays(save, tmp_path):

@@ -32,9 +32,9 @@ def build_cache(toy: CachedToy) -> Job:
 
 
 def train(folder: Path) -> Job:
-    """A training run that fills a cache and leaves many checkpoints."""
+    """A training run that fills a cache, leaves many checkpoints and ends within an epoch."""
     options = dict(
-        max_steps=12, save_steps=2, save_total_limit=2, teacher_batch_size=1, max_new_tokens=3
+        max_steps=10, save_steps=2, save_total_limit=2, teacher_batch_size=1, max_new_tokens=3
     )
 
     def job(directory: Path) -> None:
