@@ -104,11 +104,7 @@ class SoftPromptTrainer(Trainer):
             if found is None:
                 raise ValueError(f"{self.args.output_dir} holds no good checkpoint to resume from.")
             resume_from_checkpoint = str(found)
-        output = super().train(resume_from_checkpoint, *args, **options)
-        if self.args.should_save:
-            # A run that was killed between its last save and the rotation has left one too many.
-            self._rotate(Path(str(self.args.output_dir)))
-        return output
+        return super().train(resume_from_checkpoint, *args, **options)
 
     def _run_epoch(self, *args: Any, **options: Any) -> None:
         """A run that was killed after its last save has no step left; Trainer would do another."""
@@ -262,10 +258,7 @@ class SoftPromptTrainer(Trainer):
         if self.args.should_save:
             run_dir = Path(self._get_output_dir(trial=trial))
             write_manifest(run_dir / f"checkpoint-{self.state.global_step}")
-            self._rotate(run_dir)
-
-    def _rotate(self, directory: Path) -> None:
-        rotate_checkpoints(directory, self.args.save_total_limit, self.state.best_model_checkpoint)
+            rotate_checkpoints(run_dir, limit, self.state.best_model_checkpoint)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
