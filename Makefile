@@ -28,7 +28,7 @@ demo: $(MODEL)/config.json
 	@$(BIN)/softprompt-fast generate --prompt_dir $(RUN) "$(QUESTION)"
 
 test: $(VENV)/dev
-	$(BIN)/pytest -n auto --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadgroup  # the workers share the cores
 
 torture: $(VENV)/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tests/torture.py $(TORTURE_FLAGS)

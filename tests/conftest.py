@@ -9,6 +9,8 @@ import time
 import pytest
 import torch
 
+# Another number of threads may round another way, and several processes are compared with one.
+torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 

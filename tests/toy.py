@@ -64,6 +64,7 @@ ARCHITECTURES = {
     "falcon_h1": dict(
         model_type="falcon_h1",
         lm_head_multiplier=0.5,
+        mamba_chunk_size=16,
         mamba_d_ssm=32,
         mamba_n_heads=4,
         mamba_d_head=8,
