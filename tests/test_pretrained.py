@@ -25,6 +25,9 @@ from softprompt_fast.native import is_native
 from softprompt_fast.pretrained import load_model, smollm2
 
 
+pytestmark = pytest.mark.xdist_group("the real model")
+
+
 @pytest.fixture
 def toy(tmp_path):
     return save_toy_model(tmp_path / "toy")
