@@ -24,7 +24,6 @@ from softprompt_fast.head import OutputHead, hidden_states
 from softprompt_fast.native import is_native
 from softprompt_fast.pretrained import load_model, smollm2
 
-
 pytestmark = pytest.mark.xdist_group("the real model")
 
 
