@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 from pathlib import Path
 
@@ -20,6 +21,7 @@ def _measure(shape: Shape, loss: str, implementation: str) -> float:
     # code, thread pools and the allocator's first pages are not the step's
     gradient(function, comparison.tensors(Shape(model="warm-up", T=8, D=32, V=64)))
     tensors = comparison.tensors(shape)
+    ctypes.CDLL(None).malloc_trim(0)  # what making them has left would be taken for nothing
     Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the high-water mark
     before = _status_mib("VmRSS")
     gradient(function, tensors)

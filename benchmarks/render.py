@@ -31,7 +31,7 @@ HEADS = [
     ("Gemma-3-1B", 1152, 262144),
     ("Llama-3-8B", 4096, 128256),
 ]
-OURS, PEER, FLOOR = "#c2410c", "#94a3b8", "#334155"
+OURS, PEER, OTHER_PEER, FLOOR = "#c2410c", "#94a3b8", "#cbd5e1", "#334155"
 
 
 def read(name: str) -> dict[str, Any]:
@@ -218,22 +218,22 @@ def overview_picture() -> None:
     shown = [row for row in rows if (row["model"], row["T"]) == shape]
     losses = list(dict.fromkeys(row["loss"] for row in shown))
     found = {(row["loss"], row["implementation"]): row for row in shown}
-    for offset, (name, color) in enumerate((("PyTorch", PEER), ("softprompt_fast", OURS))):
+    names = (("TRL", OTHER_PEER), ("PyTorch", PEER), ("softprompt_fast", OURS))
+    for offset, (name, color) in enumerate(names):
         for position, loss in enumerate(losses):
             if (row := found.get((loss, name))) is None:
                 continue  # only we have sketches
-            bar = right.barh(position + 0.36 * offset, row["passes"], 0.34, color=color, label=name)
+            bar = right.barh(position + 0.26 * offset, row["passes"], 0.25, color=color, label=name)
             right.bar_label(
                 bar,
                 [f"{row['passes']:.1f} passes, {row['peak_mib']:.0f} MiB"],
                 padding=4,
                 fontsize=9,
-                backgroundcolor="white",
             )
             right.plot(
-                [row["floor"]] * 2, [position - 0.2, position + 0.56], "--", color=FLOOR, zorder=0
+                [row["floor"]] * 2, [position - 0.16, position + 0.68], "--", color=FLOOR, zorder=0
             )
-    right.set_yticks([0.18 + i for i in range(len(losses))], losses)
+    right.set_yticks([0.26 + i for i in range(len(losses))], losses)
     right.set_xlim(0, 1.45 * max(row["passes"] for row in shown))
     right.set_xlabel("bare torch.mm passes over the head (dashed: what the loss needs)")
     title = "Forward + backward, T={T} D={D} V={V}, 2 CPU cores".format(**shown[0])
@@ -256,7 +256,8 @@ def main() -> None:
             block = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
             if block.search(text):
                 content = render()
-                text = block.sub(lambda m, c=content: f"{m[1]}{c}\n{m[2]}", text)
+                line = f"{content}\n" if content else ""
+                text = block.sub(lambda m, c=line: f"{m[1]}{c}{m[2]}", text)
         page.write_text(text)
     overview_picture()
 
