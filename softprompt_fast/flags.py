@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
@@ -26,6 +27,8 @@ def run_command(name: str, arguments: list[str], given: dict[str, Any]) -> int:
     Raises UsageError where the arguments are wrong.
     """
     transformers_logging.set_verbosity_error()
+    # The older name of an argument: the one that every version we support takes.
+    warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)
     stop = StopOnSignal()
     stop.install()
     try:
