@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import os
 import time
@@ -151,6 +152,8 @@ def train(
         say("Pass --overwrite_output_dir to train anew.")
         return 0
 
+    if args.world_size > 1:
+        atexit.register(_leave_process_group)
     cache = None if options.teacher_cache is None else TeacherCache(options.teacher_cache)
     args.dataloader_pin_memory = args.device.type == "cuda"  # elsewhere it is a mere warning
     args.disable_tqdm = args.disable_tqdm or not is_first_process
@@ -190,6 +193,12 @@ def train(
     directory.start()
     trainer.accelerator.wait_for_everyone()
     return _run(trainer, prompt, directory, stop, anew=options.overwrite_output_dir)
+
+
+def _leave_process_group() -> None:
+    """Without it, processes that end one after another may abort each other."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _run(
