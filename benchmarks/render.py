@@ -222,7 +222,7 @@ def overview_picture() -> None:
     for offset, (name, color) in enumerate(names):
         for position, loss in enumerate(losses):
             if (row := found.get((loss, name))) is None:
-                continue  # only we have sketches
+                continue  # not every one has every loss
             bar = right.barh(position + 0.26 * offset, row["passes"], 0.25, color=color, label=name)
             right.bar_label(
                 bar,

@@ -92,9 +92,14 @@ class TeacherSketch:
         return TeacherSketch(**joined)
 
 
-def default_top_k(dtype: torch.dtype) -> int:
-    """For a head in ``dtype``: so many that rounding the tail adds little to what rounding the
-    gradient costs, over text that a model finds hard, with a student 1e-4 nats from its teacher."""
+def entries_kept(top_k: int | None, dtype: torch.dtype) -> int:
+    """top_k, or what it is by default over a head in ``dtype``.
+
+    So many that rounding the tail adds little to what rounding the gradient costs, over text that
+    a model finds hard, with a student 1e-4 nats from its teacher.
+    """
+    if top_k is not None:
+        return top_k
     return TOP_K_16_BIT if dtype.itemsize == 2 else TOP_K
 
 
@@ -112,11 +117,11 @@ def sketch_teacher(
     """Sketch softmax(logit_scale (W h + b) / temperature) for every hidden state of the teacher.
 
     hidden [..., D]    weight [V, D] and bias [V], the head that the student shares
-    top_k: entries that are kept apart, at most V; None: ``default_top_k``. More of them cost 8
+    top_k: entries that are kept apart, at most V; None: ``entries_kept``. More of them cost 8
     bytes each; where probabilities are flat and the head is in 16 bits they buy precision.
     Raises ValueError or TypeError as the losses do.
     """
-    top_k = default_top_k(weight.dtype) if top_k is None else top_k
+    top_k = entries_kept(top_k, weight.dtype)
     check_options(
         top_k=top_k,
         logit_scale=logit_scale,

@@ -16,7 +16,7 @@ from .answers import SketchOptions
 from .head import OutputHead
 from .prompting import Query
 from .sharded_base import whole
-from .sketch import default_top_k
+from .sketch import entries_kept
 from .teacher import Teacher
 
 # Raised whenever the same facts lead to other bytes.
@@ -36,9 +36,6 @@ def teacher_facts(
     """JSON values by name. Reads all of the model's weights: a second for each GB or two."""
     model = teacher.model
     head = OutputHead.from_model(model)
-    top_k = None
-    if sketch is not None:
-        top_k = sketch.top_k or default_top_k(head.weight.dtype)
     stores = {"answers": True, "hidden": record_hidden, "sketch": sketch is not None}
     return {
         "format_version": FORMAT_VERSION,
@@ -55,7 +52,7 @@ def teacher_facts(
         "do_sample": teacher.do_sample,
         "teacher_batch_size": teacher.batch_size,
         "teacher_store": "+".join(name for name, stored in stores.items() if stored),
-        "teacher_top_k": top_k,
+        "teacher_top_k": sketch and entries_kept(sketch.top_k, head.weight.dtype),
         "temperature": None if sketch is None else sketch.temperature,
         "logit_scale": head.logit_scale,
         "softcap": head.softcap,

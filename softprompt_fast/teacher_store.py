@@ -9,7 +9,7 @@ from .answers import SketchOptions
 from .arguments import SoftPromptTrainingArguments
 from .errors import UsageError
 from .head import OutputHead
-from .sketch import default_top_k
+from .sketch import entries_kept
 
 Store = Literal["auto", "sketch", "hidden", "online"]
 KEPT = {
@@ -57,8 +57,8 @@ def choose_store(
     why = "as asked for"
     if wanted == "auto":
         wanted, why = ("sketch", "exact for this objective") if not problem else ("hidden", problem)
-    if top_k is None and head is not None:
-        top_k = default_top_k(head.weight.dtype)
+    if head is not None:
+        top_k = entries_kept(top_k, head.weight.dtype)
     options = SketchOptions(top_k=top_k, temperature=args.temperature)
     return TeacherStore(kind=wanted, why=why, sketch=options if wanted == "sketch" else None)
 

@@ -13,14 +13,6 @@ from cuda_on_cpu.row_contract import check_run, check_small_divergence, make_row
 pytestmark = pytest.mark.skipif(emulator.missing() is not None, reason=str(emulator.missing()))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def one_block(kernels):
     """Nothing is held: the gradient is written over logits on their way in."""
     for descending in (False, True):
