@@ -113,8 +113,10 @@ def test_a_beta_that_is_almost_0_or_1(backend, beta):
 
 @each_backend
 def test_an_alpha_that_is_close_to_1(backend):
-    case = make_case("linear_distill", alpha=0.999, distance=0.0, reduction="none")
-    check(case, *run(case, backend=backend))
+    """The divergence, which is 0 here, must not drown the one thousandth of the target."""
+    for seed in range(4):
+        case = make_case("linear_distill", alpha=0.999, distance=0.0, reduction="none", seed=seed)
+        check(case, *run(case, backend=backend))
 
 
 @each_backend

@@ -170,7 +170,8 @@ class Chunk {
 
   Rows rows(int64_t panel) const { return at.rows.from(panel * PANEL); }
 
-  // Sweep 1. The target is left out of the sum, so that 1 - q_target never has to be a difference.
+  // Sweep 1. The target is left out of the sums, so that 1 - q_target never has to be a difference; of the
+  // teacher's too, so that equal logits have equal normalisers.
   template <int NV>
   void statistics(int64_t segment, const Block& block, int64_t panel, const Layout::Scratch& scratch) {
     const int64_t first = segment * p.rows + panel * PANEL;
@@ -179,18 +180,18 @@ class Chunk {
       z[s] = p.stored ? stored_tile(s, NV * LANES, block, panel) : scratch.z[s];
       logits<NV>(s, block, panel, z[s]);
     }
-    if (p.streams == 2) {
-      at.softmax[1].from(first).add<NV>(z[1], block.n);
-      // forward KL needs it only where balance_slopes does
-      if (p.dhidden || p.beta != 0.0) at.peak.from(first).add<NV>(z[0], z[1], block.first, block.n);
-    }
-    const Softmax student = at.softmax[0].from(first);
-    if (p.label_smoothing) student.add_total<NV>(z[0], block.n);
+    // forward KL needs it only where balance_slopes does
+    if (p.streams == 2 && (p.dhidden || p.beta != 0.0))
+      at.peak.from(first).add<NV>(z[0], z[1], block.first, block.n);
+    if (p.label_smoothing) at.softmax[0].from(first).add_total<NV>(z[0], block.n);
     entries.within(panel, block.first, block.n,
                    [&](Entry& entry) { entry.z = z[0][position<NV>(block, panel, entry)]; });
-    targets<NV>(block, panel, [&](int64_t row, int64_t i) { at.z_target[row] = z[0][i], z[0][i] = -INF; });
-    student.add<NV>(z[0], block.n);
-    targets<NV>(block, panel, [&](int64_t row, int64_t i) { z[0][i] = at.z_target[row]; });
+    for (int s = 0; s < p.streams; s++) {
+      float* z_target = at.z_target[s];
+      targets<NV>(block, panel, [&](int64_t row, int64_t i) { z_target[row] = z[s][i], z[s][i] = -INF; });
+      at.softmax[s].from(first).add<NV>(z[s], block.n);
+      targets<NV>(block, panel, [&](int64_t row, int64_t i) { z[s][i] = z_target[row]; });
+    }
   }
 
   // Sweep 2.
@@ -264,11 +265,6 @@ class Chunk {
     });
   }
 
-  static void normalise(const Normaliser& rows, int64_t row, float top, double lse) {
-    rows.top[row] = top;
-    rows.log_sum[row] = float(lse - top);
-  }
-
   // logsumexp over the segments, in double; -inf where the row has nothing but -inf.
   double logsumexp(const Softmax& sums, int64_t row) const {
     const float largest_z = largest(sums, row), top = largest_z == -INF ? 0.0f : largest_z;
@@ -276,6 +272,11 @@ class Chunk {
     for (int64_t s = 0; s < SEGMENTS; s++)
       sum += sums.sum[s * p.rows + row] * std::exp(double(sums.top[s * p.rows + row]) - top);
     return top + std::log(sum);
+  }
+
+  // log(e^a + e^b); NaN where neither is finite
+  static double logaddexp(double a, double b) {
+    return a > b ? a + std::log1p(std::exp(b - a)) : b + std::log1p(std::exp(a - b));
   }
 
   double over_segments(const float* sums, int64_t row) const {
@@ -290,35 +291,40 @@ class Chunk {
     std::vector<double> rest(count, p.label_smoothing), more(count, 0.0);
     for (int64_t row = 0; row < count && p.masses; row++) {
       const double tail = p.masses[(start + row) * (1 + p.K)];
-      rest[row] += tail, more[row] = tail * at.z_target[row];
+      rest[row] += tail, more[row] = tail * at.z_target[0][row];
     }
     entries.each([&](const Entry& entry) {
       rest[entry.row] += entry.mass;
-      more[entry.row] -= entry.mass * (double(entry.z) - at.z_target[entry.row]);
+      more[entry.row] -= entry.mass * (double(entry.z) - at.z_target[0][entry.row]);
     });
     for (int64_t row = 0; row < panels * PANEL; row++) {
-      double lse = logsumexp(at.softmax[0], row);
-      float top = largest(at.softmax[0], row);
-      if (p.targets && row < count) {
-        const double z = at.z_target[row], others = lse;
-        top = std::max(top, at.z_target[row]);
-        lse = others > z ? others + std::log1p(std::exp(z - others)) : z + std::log1p(std::exp(others - z));
-        // of all others against the target; NaN where the row has no finite normaliser
-        const double odds = others - z + (lse - lse);
-        const double nll = odds > 0 ? odds + std::log1p(std::exp(-odds)) : std::log1p(std::exp(odds));
-        const double missing = 1.0 / (1.0 + std::exp(-odds));  // 1 - q_target
-        at.dz_target[row] = float(rest[row] - missing);
-        double loss = (1.0 - p.label_smoothing) * nll;
-        if (p.label_smoothing)
-          loss += p.label_smoothing * (lse - over_segments(at.softmax[0].total, row) / p.V);
-        at.nll[row] = float(z == -INF ? odds : loss + more[row]);
+      for (int s = 0; s < p.streams; s++) {
+        double lse = logsumexp(at.softmax[s], row);
+        float top = largest(at.softmax[s], row);
+        if (p.targets && row < count) {
+          const double z = at.z_target[s][row], others = lse;
+          top = std::max(top, at.z_target[s][row]);
+          lse = logaddexp(others, z);
+          if (s == 0) finish_nll(row, z, others, lse, rest[row], more[row]);
+        }
+        const Normaliser& softmax = s == 0 ? at.rows.q : at.rows.p;
+        softmax.top[row] = top, softmax.log_sum[row] = float(lse - top);
       }
-      normalise(at.rows.q, row, top, lse);
-      if (p.streams == 2)
-        normalise(at.rows.p, row, largest(at.softmax[1], row), logsumexp(at.softmax[1], row));
       find_peak(row);
       at.rows.slope_sum[row] = 0.0f;  // forward KL's slopes sum to zero; the others' follow
     }
+  }
+
+  // z: the target's logit; others: logsumexp without it
+  void finish_nll(int64_t row, double z, double others, double lse, double rest, double more) const {
+    // of all others against the target; NaN where the row has no finite normaliser
+    const double odds = others - z + (lse - lse);
+    const double nll = odds > 0 ? odds + std::log1p(std::exp(-odds)) : std::log1p(std::exp(odds));
+    const double missing = 1.0 / (1.0 + std::exp(-odds));  // 1 - q_target
+    at.dz_target[row] = float(rest - missing);
+    double loss = (1.0 - p.label_smoothing) * nll;
+    if (p.label_smoothing) loss += p.label_smoothing * (lse - over_segments(at.softmax[0].total, row) / p.V);
+    at.nll[row] = float(z == -INF ? odds : loss + more);
   }
 
   void find_peak(int64_t row) const {

@@ -15,7 +15,7 @@ class Layout {
   float *hidden[2], *stored[2], *dh;
   Softmax softmax[2];
   Peak peak;
-  float *value, *slope, *z_target, *dz_target, *nll;
+  float *value, *slope, *z_target[2], *dz_target, *nll;
   Rows rows;
   int64_t size;
 
@@ -26,10 +26,11 @@ class Layout {
       hidden[s] = at.take(n * p.heads[s].D);
       stored[s] = at.take(p.stored ? n * p.V : 0);
       softmax[s] = {at.take(SEGMENTS * n), at.take(SEGMENTS * n), at.take(SEGMENTS * n)};
+      z_target[s] = at.take(n);
     }
     dh = at.take(p.dhidden ? SEGMENTS * n * round_up(p.heads[0].D, TILE) : 0);
     value = at.take(SEGMENTS * n), slope = at.take(SEGMENTS * n);
-    z_target = at.take(n), dz_target = at.take(n), nll = at.take(n);
+    dz_target = at.take(n), nll = at.take(n);
     peak = {at.take(SEGMENTS * n), at.take(SEGMENTS * n), at.take_int(SEGMENTS * n)};
     rows = {{at.take(n), at.take(n)}, {at.take(n), at.take(n)}, {at.take(n), at.take(n), at.take_int(n)},
             at.take(n)};
