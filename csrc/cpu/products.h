@@ -8,8 +8,9 @@ constexpr int PANEL_VECTORS = 3;
 constexpr int PANEL = PANEL_VECTORS * LANES;
 // Rows of a register tile: TILE * PANEL_VECTORS accumulators fit the register file (32 or 16).
 constexpr int TILE = SPF_VECTOR_BYTES == 64 ? 8 : 4;
-// Vocabulary entries of a block, and the slice of D whose panel stays in the second-level cache.
-constexpr int64_t BLOCK = 128;
+// Vocabulary entries of a block, and the slice of D whose panel stays in the first-level cache. Each slice's
+// sums begin anew, so that a logit's rounding error grows with D / SLICE and not with D.
+constexpr int64_t BLOCK = 192;
 constexpr int64_t SLICE = 64;
 
 SPF_INLINE float half_to_float(uint16_t h) {
@@ -85,10 +86,12 @@ static void logits_tile(const float* w, int64_t n, const float* h, int64_t D, fl
 
 // [n, D] -> [ceil(D / TILE)][n][TILE], so that the gradient's broadcasts are contiguous. Zero padded.
 static void pack_columns(const float* w, int64_t n, int64_t D, float* packed) {
-  for (int64_t d = 0; d < D; d += TILE) {
-    const int64_t width = D - d < TILE ? D - d : TILE;
-    for (int64_t v = 0; v < n; v++, packed += TILE)
-      for (int64_t i = 0; i < TILE; i++) packed[i] = i < width ? w[v * D + d + i] : 0.0f;
+  for (int64_t v = 0; v < n; v++, w += D) {
+    float* out = packed + v * TILE;
+    int64_t d = 0;
+    for (; d + TILE <= D; d += TILE, out += n * TILE) __builtin_memcpy(out, w + d, TILE * sizeof(float));
+    if (d < D)
+      for (int64_t i = 0; i < TILE; i++) out[i] = d + i < D ? w[d + i] : 0.0f;
   }
 }
 

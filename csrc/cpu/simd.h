@@ -19,11 +19,12 @@ SPF_INLINE vf broadcast(float x) { return x - vf{}; }
 SPF_INLINE vf bits_to_float(vi x) { return (vf)x; }
 
 // a * b + c. Only this is ever fused (the build says -ffp-contract=off), so that a row's result does not
-// depend on which of the templates' instances it went through.
+// depend on which of the templates' instances it went through. Asked by width: a target pragma, by which the
+// engines are compiled, does not define __FMA__.
 SPF_INLINE vf fma(vf a, vf b, vf c) {
-#if defined(__AVX512F__) && SPF_VECTOR_BYTES == 64
+#if SPF_VECTOR_BYTES == 64
   return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__FMA__) && SPF_VECTOR_BYTES == 32
+#elif SPF_VECTOR_BYTES == 32
   return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 #elif defined(__aarch64__)
   return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
