@@ -223,11 +223,13 @@ def overview_picture() -> None:
         for position, loss in enumerate(losses):
             if (row := found.get((loss, name))) is None:
                 continue  # not every one has every loss
-            bar = right.barh(position + 0.26 * offset, row["passes"], 0.25, color=color, label=name)
-            right.bar_label(
-                bar,
-                [f"{row['passes']:.1f} passes, {row['peak_mib']:.0f} MiB"],
-                padding=4,
+            height = position + 0.26 * offset
+            right.barh(height, row["passes"], 0.25, color=color, label=name)
+            right.text(
+                max(row["passes"], row["floor"]) + 0.15,  # clear of the dashed line
+                height,
+                f"{row['passes']:.1f} passes, {row['peak_mib']:.0f} MiB",
+                va="center",
                 fontsize=9,
             )
             right.plot(
@@ -235,7 +237,7 @@ def overview_picture() -> None:
             )
     right.set_yticks([0.26 + i for i in range(len(losses))], losses)
     right.set_xlim(0, 1.45 * max(row["passes"] for row in shown))
-    right.set_xlabel("bare torch.mm passes over the head (dashed: what the loss needs)")
+    right.set_xlabel("bare torch.mm passes over the head (dashed: as many as the loss needs)")
     title = "Forward + backward, T={T} D={D} V={V}, 2 CPU cores".format(**shown[0])
     right.set_title(title, fontsize=11)
     handles, names = right.get_legend_handles_labels()
