@@ -80,6 +80,6 @@ def test_an_instruction_set_computes_the_losses(tmp_path, capability: str, name:
 
 @INSTRUCTION_SETS
 def test_products_are_fused_with_sums_where_the_cpu_can(tmp_path, capability, name: str) -> None:
-    """An engine without its fused instructions is right, and a quarter slower: no other test sees it."""
+    """Without its fused instructions an engine is right but slow: no other test sees it."""
     fused = name != "baseline" or platform.machine() == "aarch64"
     run_with(capability, ROUNDING.replace("FUSED", str(fused)), tmp_path)
