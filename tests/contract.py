@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -49,6 +49,25 @@ each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_cpu_backend = pytest.mark.parametrize("backend", CPU_BACKENDS)
 each_loss = pytest.mark.parametrize("loss", LOSSES)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+
+
+def dtypes_of(backend: str) -> tuple[torch.dtype, ...]:
+    """Interpreted kernels do without fp16, which goes their bf16's way: the interpreter is slow."""
+    return DTYPES[:2] if backend in INTERPRETED else DTYPES
+
+
+def backends_and_dtypes(backends: Iterable[str]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(
+        ("dtype", "backend"),
+        [
+            pytest.param(dtype, backend, id=f"{str(dtype)[6:]}-{backend}")
+            for backend in backends
+            for dtype in dtypes_of(backend)
+        ],
+    )
+
+
+each_backend_and_dtype = backends_and_dtypes(BACKENDS)
 
 
 @dataclass(kw_only=True)

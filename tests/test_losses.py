@@ -16,7 +16,9 @@ from contract import (
     Case,
     cases,
     check,
+    dtypes_of,
     each_backend,
+    each_backend_and_dtype,
     each_dtype,
     each_loss,
     effort,
@@ -59,9 +61,8 @@ def test_every_vocabulary(backend, loss, vocabulary):
         check(case, *run(case, backend=backend))
 
 
-@each_backend
+@each_backend_and_dtype
 @each_loss
-@each_dtype
 def test_a_wide_head(backend, loss, dtype):
     case = make_case(
         loss,
@@ -74,9 +75,8 @@ def test_a_wide_head(backend, loss, dtype):
     check(case, *run(case, backend=backend))
 
 
-@each_backend
+@each_backend_and_dtype
 @each_loss
-@each_dtype
 def test_a_small_workspace(backend, loss, dtype):
     """Holds the contract, or says how much it needs, and then that is enough."""
     case = make_case(
@@ -96,7 +96,7 @@ def test_a_small_workspace(backend, loss, dtype):
 @pytest.mark.parametrize("distance", [1.0, 1e-1, 1e-2, 1e-3], ids="distance{}".format)
 @each_beta
 def test_the_contract_as_the_student_converges(backend, distance, temperature, beta):
-    for dtype in DTYPES:
+    for dtype in dtypes_of(backend):
         case = make_case(
             "linear_kl", distance=distance, dtype=dtype, beta=beta, temperature=temperature
         )
@@ -119,8 +119,7 @@ def test_an_alpha_that_is_close_to_1(backend):
         check(case, *run(case, backend=backend))
 
 
-@each_backend
-@each_dtype
+@each_backend_and_dtype
 def test_a_narrow_head_over_a_long_vocabulary(backend, dtype):
     """The product back has a quarter of a million terms."""
     case = make_case(
@@ -191,18 +190,16 @@ def test_a_gradient_is_rounded_to_the_dtype_of_the_inputs_once(backend, loss, dt
     assert torch.equal(gradient, wide_gradient.to(dtype))
 
 
-@each_backend
+@each_backend_and_dtype
 @each_loss
-@each_dtype
 def test_one_entry_of_vocabulary_is_exactly_zero(backend, loss, dtype):
     case = make_case(loss, vocabulary=1, dtype=dtype, bias=True, reduction="none", softcap=5.0)
     for value in run(case, backend=backend):
         assert torch.equal(value, torch.zeros_like(value))
 
 
-@each_backend
+@each_backend_and_dtype
 @each_beta
-@each_dtype
 def test_identical_students_and_teachers_have_no_divergence(backend, beta, dtype):
     for spread in (0.5, 4.0):
         case = make_case(
@@ -234,9 +231,8 @@ def test_a_small_divergence_is_not_lost_in_cancellation(backend, beta, distance)
     assert ((loss - expected).abs() <= loss_bound(case) * (2 * expected).sqrt()).all()
 
 
-@each_backend
+@each_backend_and_dtype
 @each_loss
-@each_dtype
 def test_huge_logits(backend, loss, dtype):
     for beta in [None] if loss == "linear_nll" else [0.0, 0.3, 1.0]:
         options = {} if beta is None else {"beta": beta}

@@ -12,8 +12,9 @@ from contract import (
     DEVICE,
     INTERPRETED,
     Case,
+    backends_and_dtypes,
     each_backend,
-    each_dtype,
+    each_backend_and_dtype,
     each_loss,
     make_case,
     run,
@@ -60,8 +61,11 @@ def assert_bitwise(actual, expected):
         torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
 
 
-def rows_case(loss: str, vocabulary: int, dtype: torch.dtype, tokens: int = 45) -> Case:
-    width = 576 if vocabulary < 1000 else 48
+def rows_case(
+    backend: str, loss: str, vocabulary: int, dtype: torch.dtype, tokens: int = 45
+) -> Case:
+    """As wide as several of the backend's blocks, where the vocabulary is short."""
+    width = 48 if vocabulary >= 1000 else 160 if backend in INTERPRETED else 576
     tokens = min(tokens, 600_000 // vocabulary)
     options = {} if loss == "linear_nll" else {"beta": 0.3, "distance": 0.1}
     return make_case(
@@ -79,7 +83,7 @@ def rows_case(loss: str, vocabulary: int, dtype: torch.dtype, tokens: int = 45) 
 @heads_of(OWN_PRODUCTS)
 @each_loss
 def test_rows_do_not_depend_on_their_batch(backend, vocabulary, dtype, loss):
-    case = rows_case(loss, vocabulary, dtype)
+    case = rows_case(backend, loss, vocabulary, dtype)
     together = run(case, backend=backend)
     assert_bitwise(run(case, backend=backend), together)
     tokens = case.hidden.shape[0]
@@ -91,12 +95,11 @@ def test_rows_do_not_depend_on_their_batch(backend, vocabulary, dtype, loss):
 
 
 # The row kernels' chunks go through the vendor's library: test_gpu.py holds them to the contract.
-@pytest.mark.parametrize("backend", [name for name in OWN_PRODUCTS if name != "triton"])
+@backends_and_dtypes(name for name in OWN_PRODUCTS if name != "triton")
 @each_loss
-@each_dtype
 def test_rows_do_not_depend_on_the_workspace(backend, loss, dtype):
     """As long as a low-precision head is widened in one piece: 0.2 MiB here, an eighth of 2."""
-    case = rows_case(loss, 1031, dtype, tokens=90)
+    case = rows_case(backend, loss, 1031, dtype, tokens=90)
     expected = run(case, backend=backend)
     # the streaming backend takes all rows at once in 1 MiB
     for workspace_mib in (0.5,) if backend == "streaming" else (2, 3.5, 7, 1024):
@@ -106,7 +109,7 @@ def test_rows_do_not_depend_on_the_workspace(backend, loss, dtype):
 @heads_of(["torch", "cpp"])
 @each_loss
 def test_rows_do_not_depend_on_the_number_of_threads(backend, loss, vocabulary, dtype):
-    case = rows_case(loss, vocabulary, dtype)
+    case = rows_case(backend, loss, vocabulary, dtype)
     torch.set_num_threads(1)
     expected = run(case, backend=backend)
     torch.set_num_threads(2)
@@ -138,7 +141,7 @@ def test_half_precision_numbers_near_zero_survive_flush_denormal():
 @each_backend
 @each_loss
 def test_rows_do_not_depend_on_the_ignored(backend, loss):
-    case = rows_case(loss, 131, torch.float32)
+    case = rows_case(backend, loss, 131, torch.float32)
     expected = run(case, backend=backend)
     ignored = torch.arange(45) % 3 == 1
     if loss == "linear_kl":
@@ -150,9 +153,8 @@ def test_rows_do_not_depend_on_the_ignored(backend, loss):
     assert all((value[ignored] == 0).all() for value in values)
 
 
-@each_backend
+@each_backend_and_dtype
 @each_loss
-@each_dtype
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf], ids=str)
 def test_a_poisoned_row_is_nan_and_alone(backend, loss, dtype, poison):
     streams = ["hidden"] if loss == "linear_nll" else ["hidden", "teacher"]
@@ -160,7 +162,7 @@ def test_a_poisoned_row_is_nan_and_alone(backend, loss, dtype, poison):
     if backend in INTERPRETED:  # tests/test_gpu.py has the student's
         streams, places = streams[-1:], places[:1]
     for stream, entries in itertools.product(streams, places):
-        case = rows_case(loss, 131, dtype, tokens=20)
+        case = rows_case(backend, loss, 131, dtype, tokens=20)
         expected = run(case, backend=backend)
         getattr(case, stream)[11, entries] = poison
         token_loss, gradient = run(case, backend=backend)
@@ -186,9 +188,8 @@ def strided(value: torch.Tensor) -> torch.Tensor:
     return value.repeat_interleave(2, -1)[..., ::2]
 
 
-@each_backend
+@each_backend_and_dtype
 @each_loss
-@each_dtype
 @pytest.mark.parametrize("view", [transposed, offset, strided], ids=lambda view: view.__name__)
 def test_views_equal_contiguous_tensors(backend, loss, dtype, view):
     case = make_case(

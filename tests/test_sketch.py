@@ -14,8 +14,8 @@ from contract import (
     cases,
     check,
     each_backend,
+    each_backend_and_dtype,
     each_cpu_backend,
-    each_dtype,
     effort,
     hold,
     make_case,
@@ -51,8 +51,7 @@ def test_a_sketch_is_as_good_as_hidden_states(backend, loss, top_k):
     hold(backend, cases(loss, **linear), lambda case: sketched(case, top_k))
 
 
-@each_backend
-@each_dtype
+@each_backend_and_dtype
 @pytest.mark.parametrize("kl", [1.0, 1e-1, 1e-2, 1e-3, 1e-4], ids="kl{:g}".format)
 def test_the_contract_as_the_student_converges(backend, kl, dtype):
     for bias in (False, True):
@@ -63,8 +62,7 @@ def test_the_contract_as_the_student_converges(backend, kl, dtype):
         hold_contract(case, backend)
 
 
-@each_backend
-@each_dtype
+@each_backend_and_dtype
 def test_identical_students_and_teachers_have_no_divergence(backend, dtype):
     for spread in (0.5, 4.0):
         case = make_case(
