@@ -319,7 +319,7 @@ class Chunk {
   void finish_nll(int64_t row, double z, double others, double lse, double rest, double more) const {
     // of all others against the target; NaN where the row has no finite normaliser
     const double odds = others - z + (lse - lse);
-    const double nll = odds > 0 ? odds + std::log1p(std::exp(-odds)) : std::log1p(std::exp(odds));
+    const double nll = logaddexp(odds, 0.0);
     const double missing = 1.0 / (1.0 + std::exp(-odds));  // 1 - q_target
     at.dz_target[row] = float(rest - missing);
     double loss = (1.0 - p.label_smoothing) * nll;
