@@ -1,6 +1,6 @@
 # make demo   train and judge a soft prompt on a real model, from nothing
 # make test   all tests          make check   what CI runs
-# make bench  time the losses against bare matrix products
+# make bench  time the losses against bare matrix products and everything else that computes them
 # make torture  200 times kill -9, 2,000 flipped bits, files cut to every length: 5 minutes
 # make gpu    on a machine with a GPU, whose python3 has PyTorch: build, test, sanitize and time
 # make docs   write the figures of the documentation from the last bench and demo

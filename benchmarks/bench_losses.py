@@ -1,81 +1,51 @@
-"""Time of a training step's loss, in bare passes over the head timed in the same run.
+"""Every implementation of every loss, over the heads of real models.
 
-A pass is one ``torch.mm`` of T x D with the head: the least that any loss has to do. NLL needs two
-(logits, gradient), KL with a teacher on line three. Each round first times the bare products, then
-the step, so that both see the same machine. What is timed has just been checked against fp64.
-
-    pytest benchmarks                              # prints and writes benchmarks/results/cpu.json
+pytest benchmarks/bench_losses.py                                        # the quick set
+pytest benchmarks/bench_losses.py --full                                 # every head, T up to 16384
+pytest benchmarks/bench_losses.py --full -k "Gemma and T16- and TRL"     # some lines of it
 """
 
 from __future__ import annotations
 
-import time
-from statistics import median
+from typing import Any
 
 import pytest
-import torch
-from peak_memory import peak_mib
-from problems import COMPARISONS, SHAPES, Comparison, Shape, Tensors, gradient
+from device import ON_GPU
+from measure import line, measure, refusal
+from peers import PEERS
+from problems import HEADS, MAIN, PROBLEMS, Shape
 
-ROUNDS = 7
-CHECKED_ROWS = 16
-CASES = [
-    pytest.param(shape, loss, implementation, id=f"{shape}-{loss}-{implementation}")
-    for shape in SHAPES
-    for loss, comparison in COMPARISONS.items()
-    for implementation in comparison.implementations
+QUICK = [
+    (Shape.of("SmolLM2-135M", 64), list(PROBLEMS)),
+    (Shape.of("SmolLM2-135M", 256), MAIN),
+    (Shape.of("Gemma-3-1B", 32), MAIN),
+]
+# A pass of 16384 tokens over the largest head takes 0.05 s on an H200, and minutes on two cores.
+MAX_PASS_FLOP = 1e14 if ON_GPU else 1e12
+FULL = [
+    (shape, list(PROBLEMS) if T in (256, 4096) else MAIN)
+    for T in (16, 64, 256, 1024, 4096, 16384)
+    for shape in (Shape.of(model, T) for model in HEADS)
+    if shape.pass_flop <= MAX_PASS_FLOP
 ]
 
 
-class BarePasses:
-    """Times of the products that the loss cannot avoid, round by round."""
-
-    def __init__(self, tensors: Tensors, passes: int) -> None:
-        self.hidden, self.weight = tensors.hidden.detach(), tensors.weight
-        self.logits = torch.empty(len(self.hidden), len(self.weight))
-        self.gradient = torch.empty_like(self.hidden)
-        self.forward_passes = passes - 1
-        self.seconds: list[float] = []
-
-    def __call__(self) -> None:
-        start = time.perf_counter()
-        for _ in range(self.forward_passes):
-            torch.mm(self.hidden, self.weight.T, out=self.logits)
-        torch.mm(self.logits, self.weight, out=self.gradient)
-        self.seconds.append(time.perf_counter() - start)
-
-
-def gradient_error(comparison: Comparison, implementation: str, tensors: Tensors) -> float:
-    """Relative L2 distance of the gradient from fp64, on the first rows."""
-    exact = gradient(comparison.oracle, tensors.first(CHECKED_ROWS, torch.float64))
-    first = tensors.first(CHECKED_ROWS, torch.float32)
-    if comparison.sketched:
-        first = first.sketched()
-    ours = gradient(comparison.implementations[implementation], first)
-    return float((ours.double() - exact).norm() / exact.norm())
-
-
-@pytest.mark.parametrize(("shape", "loss", "implementation"), CASES)
-def bench_loss(benchmark, record_row, shape: Shape, loss: str, implementation: str) -> None:
-    comparison = COMPARISONS[loss]
-    tensors = comparison.tensors(shape)
-    error = gradient_error(comparison, implementation, tensors)
-    assert error < 1e-4
-
-    bare = BarePasses(tensors, comparison.passes)
-    step = comparison.implementations[implementation]
-    benchmark.pedantic(gradient, args=(step, tensors), setup=bare, rounds=ROUNDS, warmup_rounds=1)
-    seconds, bare_seconds = benchmark.stats.stats.median, median(bare.seconds[1:])
-    del tensors, bare
-    record_row(
-        shape=shape,
-        loss=loss,
-        implementation=implementation,
-        milliseconds=1e3 * seconds,
-        bare_milliseconds=1e3 * bare_seconds,
-        passes=comparison.passes * seconds / bare_seconds,
-        floor=comparison.passes,
-        ratio=seconds / bare_seconds,
-        peak_mib=peak_mib(shape, loss, implementation),
-        gradient_error=error,
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    cases = FULL if metafunc.config.getoption("--full") else QUICK
+    metafunc.parametrize(
+        ("shape", "problem", "peer"),
+        [
+            pytest.param(shape, problem, peer, id=f"{shape.model}-T{shape.T}-{problem}-{peer}")
+            for shape, problems in cases
+            for problem in problems
+            for peer in PEERS
+            if problem in PEERS[peer].losses
+        ],
     )
+
+
+def bench_loss(benchmark: Any, record: Any, shape: Shape, problem: str, peer: str) -> None:
+    if (reason := refusal(shape, peer)) is not None:
+        record("losses", **line(shape, problem, peer), reason=reason)
+        pytest.skip(reason)
+    record("losses", **line(shape, problem, peer), **measure(benchmark, shape, problem, peer))

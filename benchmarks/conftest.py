@@ -1,84 +1,117 @@
-"""Collects the rows of a run into benchmarks/results/ and prints them as a table."""
+"""Keeps the figures of a run as JSON, and prints them as tables when it ends."""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
+import re
 import subprocess
-from dataclasses import asdict
+import time
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import pytest
+import tables
 import torch
+from device import ON_GPU
 from rich.console import Console
-from rich.table import Table
 
 import softprompt_fast as spf
 
-RESULTS = Path(__file__).parent / "results" / "cpu.json"
-ROWS = pytest.StashKey[list]()
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+# A part of a run must not replace a whole one: only that is copied to RESULTS.
+LATEST = ROOT / "build" / "bench.json"
+PACKAGES = [
+    "torch",
+    "triton",
+    "transformers",
+    "liger_kernel",
+    "trl",
+    "cut_cross_entropy",
+    "quack-kernels",
+]
+KEPT = pytest.StashKey[dict[str, Any]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="benchmarks: every head, T up to 16384")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[ROWS] = []
+    config.stash[KEPT] = {"machine": machine(), "began": time.monotonic()}
+    config.option.benchmark_quiet = True  # its own table, 200 columns wide, comes with -v
 
 
 @pytest.fixture
-def record_row(request: pytest.FixtureRequest):
-    """Call with the figures of one benchmark; they are kept whatever happens to the next one."""
+def record(request: pytest.FixtureRequest):
+    """record(section, **figures): kept on disk at once, whatever happens to the next benchmark."""
 
-    def record(*, shape, **figures) -> None:
-        rows = request.config.stash[ROWS]
-        rows.append({**asdict(shape), **figures})
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+    def keep(section: str, **figures: Any) -> None:
+        results = request.config.stash[KEPT]
+        results.setdefault(section, []).append(figures)
+        LATEST.parent.mkdir(exist_ok=True)
+        LATEST.write_text(as_json(results))
 
-    return record
+    return keep
 
 
-def machine() -> dict[str, str | int]:
+def as_json(results: dict[str, Any]) -> str:
+    return json.dumps({k: v for k, v in results.items() if k != "began"}, indent=1) + "\n"
+
+
+def machine() -> dict[str, Any]:
     """Where and with what the figures were measured."""
     cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
-    models = [line.split(":")[1].strip() for line in cpuinfo if line.startswith("model name")]
+    models = [text.split(":")[1].strip() for text in cpuinfo if text.startswith("model name")]
     git = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     )
     return {
+        "gpu": torch.cuda.get_device_name() if ON_GPU else None,
         "cpu": models[0] if models else platform.processor(),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count() or 0,
         "instruction_set": spf.backends.build_info()["instruction_set"],
-        "torch": torch.__version__,
+        "python": platform.python_version(),
         "softprompt_fast": spf.__version__,
         "commit": git.stdout.strip() or "unknown",
+        "packages": {name: installed(name) for name in PACKAGES},
+        # as earlier results name it
+        "torch": torch.__version__,
     }
 
 
-def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
-    rows = config.stash[ROWS]
-    if not rows:
+def installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    results = config.stash[KEPT]
+    sections = [name for name in tables.PRINTED if results.get(name)]
+    if not sections:
         return
-    table = Table("shape", "loss", "implementation")
-    for title in ("ms", "passes", "of floor", "MiB"):
-        table.add_column(title, justify="right")
-    for row in rows:
-        table.add_row(
-            f"{row['model']} T={row['T']} D={row['D']} V={row['V']}",
-            row["loss"],
-            row["implementation"],
-            f"{row['milliseconds']:.0f}",
-            f"{row['passes']:.2f}",
-            f"{row['ratio']:.2f}",
-            f"{row['peak_mib']:.0f}",
-        )
-    terminalreporter.write_line("")
-    console = Console(width=110)
+    results["seconds"] = round(time.monotonic() - results["began"])
+    LATEST.write_text(as_json(results))
+    where = LATEST
+    passed = not terminalreporter.stats.get("failed") and not terminalreporter.stats.get("error")
+    whole = passed and len(sections) == len(tables.PRINTED) and not config.option.keyword
+    if whole:
+        name = re.sub(r"[^a-z0-9]+", "-", (results["machine"]["gpu"] or "cpu").lower())
+        suffix = "_full" if config.getoption("--full") else ""
+        where = RESULTS / f"{'bench-' if ON_GPU else ''}{name}{suffix}.json"
+        where.parent.mkdir(exist_ok=True)
+        where.write_text(as_json(results))
+    console = Console(width=132)
     with console.capture() as capture:
-        console.print(table)
+        for name in sections:
+            for part in tables.PRINTED[name](results[name]):
+                console.print(part)
+    terminalreporter.write_line("")
     terminalreporter.write(capture.get())
-    terminalreporter.write_line(
-        "A pass is one bare torch.mm over the head, timed in the same run; of floor: time against "
-        "passes the loss\ncannot avoid. MiB: peak beyond inputs and gradient. Written to "
-        f"{os.path.relpath(RESULTS)}"
-    )
+    terminalreporter.write_line(f"{results['seconds']} s. Written to {os.path.relpath(where)}")

@@ -11,19 +11,16 @@ import json
 import os
 import time
 from collections.abc import Callable
-from statistics import median, quantiles
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
+from device import DEVICE, ON_GPU, Work, spread, synchronize
 from torch import Tensor
 
-ON_GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 # A timed block lasts at least this long: the launch of its first kernel is not what is measured.
 BLOCK_MILLISECONDS = 5.0
 POISONED_BYTES = 2**31
-
-Work = Callable[[], Any]
 
 
 class Timing(NamedTuple):
@@ -44,11 +41,6 @@ def kernels_can_run() -> contextlib.AbstractContextManager:
     from interpreter import repaired
 
     return repaired()
-
-
-def synchronize() -> None:
-    if ON_GPU:
-        torch.cuda.synchronize()
 
 
 def milliseconds(work: Work, repeats: int = 1) -> float:
@@ -85,11 +77,6 @@ def interleaved(works: dict[str, Work], seconds: float = 2.0) -> dict[str, Timin
         for name, work in works.items():
             times[name].append(milliseconds(work, repeats[name]))
     return {name: Timing(median(values), spread(values)) for name, values in times.items()}
-
-
-def spread(values: list[float]) -> float:
-    low, _, high = quantiles(values, n=4)
-    return (high - low) / median(values)
 
 
 def host_microseconds(work: Work, calls: int = 15) -> float:

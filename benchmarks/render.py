@@ -16,6 +16,7 @@ from typing import Any
 
 import gpu_results
 import matplotlib
+import tables
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -79,19 +80,25 @@ def faithfulness_table() -> str:
 
 
 def cpu_table() -> str:
-    """Time and memory of the losses, from ``make bench``."""
-    lines = [
-        "| head | T | loss | implementation | ms | bare passes | of the floor | peak MiB | "
-        "gradient error |",
-        "|---|---:|---|---|---:|---:|---:|---:|---:|",
+    """The losses that training uses, from ``make bench``."""
+    return tables.loss_table(main_rows()).markdown()
+
+
+def all_losses_table() -> str:
+    rows = read("cpu.json")["losses"]
+    notes = [tables.verdict_line(rows), "Not measured there:"]
+    notes.append("\n".join(f"- {text}" for text in tables.missing(rows)))
+    return "\n\n".join([tables.loss_table(rows).markdown(), *notes])
+
+
+def growth_table() -> str:
+    return tables.growth_table(read("cpu.json")["growth"]).markdown()
+
+
+def main_rows() -> list[dict[str, Any]]:
+    return [
+        row for row in tables.measured(read("cpu.json")["losses"]) if row["loss"] in tables.MAIN
     ]
-    for row in read("cpu.json")["rows"]:
-        lines.append(
-            f"| {row['model']} ({row['D']} × {row['V']}) | {row['T']} | {row['loss']} | "
-            f"{row['implementation']} | {row['milliseconds']:.0f} | {row['passes']:.2f} | "
-            f"{row['ratio']:.2f} | {row['peak_mib']:.0f} | {row['gradient_error']:.1e} |"
-        )
-    return "\n".join(lines)
 
 
 def machine_line() -> str:
@@ -180,6 +187,8 @@ def sketch_bytes(D: int, k: int) -> int:
 TABLES: dict[str, Callable[[], str]] = {
     "faithfulness": faithfulness_table,
     "cpu": cpu_table,
+    "losses": all_losses_table,
+    "growth": growth_table,
     "training": training_table,
     "cache": cache_table,
     "gpu": gpu_tables,
@@ -190,7 +199,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 def overview_picture() -> None:
     """Left: what the soft prompt recovers. Right: what the losses cost."""
-    report, rows = read("handbook.json"), read("cpu.json")["rows"]
+    report, rows = read("handbook.json"), main_rows()
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6), width_ratios=[1, 1.15])
 
     P = report["num_virtual_tokens"]
@@ -214,11 +223,15 @@ def overview_picture() -> None:
     left.set_ylabel("nats per answer token")
     left.set_title(f"KL to the full context ({report['context_tokens']} tokens)", fontsize=11)
 
-    shape = rows[0]["model"], rows[0]["T"]
+    shape = max((row["model"], row["T"]) for row in rows)
     shown = [row for row in rows if (row["model"], row["T"]) == shape]
     losses = list(dict.fromkeys(row["loss"] for row in shown))
     found = {(row["loss"], row["implementation"]): row for row in shown}
-    names = (("TRL", OTHER_PEER), ("PyTorch", PEER), ("softprompt_fast", OURS))
+    names = (
+        ("TRL chunked", OTHER_PEER),
+        ("PyTorch, torch.compile", PEER),
+        ("softprompt_fast", OURS),
+    )
     for offset, (name, color) in enumerate(names):
         for position, loss in enumerate(losses):
             if (row := found.get((loss, name))) is None:
@@ -237,7 +250,7 @@ def overview_picture() -> None:
             )
     right.set_yticks([0.26 + i for i in range(len(losses))], losses)
     right.set_xlim(0, 1.45 * max(row["passes"] for row in shown))
-    right.set_xlabel("bare torch.mm passes over the head (dashed: as many as the loss needs)")
+    right.set_xlabel("bare passes over the head (dashed: as many as the loss needs)")
     title = "Forward + backward, T={T} D={D} V={V}, 2 CPU cores".format(**shown[0])
     right.set_title(title, fontsize=11)
     handles, names = right.get_legend_handles_labels()

@@ -15,8 +15,8 @@ from torch import Tensor
 from . import checks
 from .problem import Problem
 
-# Rows in a chunk. Each chunk streams the head from memory once a sweep: enough rows to hide that, few
-# enough that what is kept of them takes little room. A panel of rows is work for 8 threads.
+# Rows in a chunk. Each chunk streams the head from memory once a sweep: enough rows to hide that,
+# few enough that what is kept of them takes little room. A panel of rows is work for 8 threads.
 MAX_ROWS = 192
 THREADS_PER_PANEL = 4
 

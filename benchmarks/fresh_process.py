@@ -1,0 +1,43 @@
+"""Memory of one step, in a process that has done nothing else."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from device import ON_GPU, peak_mib
+from peers import PEERS
+from problems import Shape, Tensors, gradient
+
+Result = TypeVar("Result")
+
+
+def in_fresh_process(function: Callable[..., Result], *arguments: object) -> Result:
+    """``function(*arguments)``; on a CPU the process starts with PyTorch imported."""
+    folder = str(Path(__file__).parent)
+    if folder not in os.environ.get("PYTHONPATH", ""):
+        os.environ["PYTHONPATH"] = os.pathsep.join([folder, os.environ.get("PYTHONPATH", "")])
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+    context = multiprocessing.get_context("spawn" if ON_GPU else "forkserver")
+    if not ON_GPU:
+        context.set_forkserver_preload(["peers", "torch._inductor.compile_fx"])
+    with context.Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+def step_peak_mib(peer: str, problem: str, shape: Shape) -> float:
+    """MiB that a step holds at its peak beyond its inputs and the gradient that it returns.
+
+    Of the second step: what the first leaves behind (code, thread pools) is not the step's.
+    """
+    return in_fresh_process(_step_peak_mib, peer, problem, shape)
+
+
+def _step_peak_mib(peer: str, problem: str, shape: Shape) -> float:
+    tensors = Tensors.random(shape, different=1024)
+    loss = PEERS[peer].losses[problem](tensors)
+    gradient(loss, tensors)
+    return peak_mib(lambda: gradient(loss, tensors)) - tensors.hidden.nbytes / 2**20

@@ -1,0 +1,94 @@
+"""One line of the tables: the time, memory and error of one implementation of one loss.
+
+Each round times the bare products that no loss can avoid, then a step, so that both see the same
+machine. Nothing is timed before its gradient has been compared with fp64.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from statistics import median
+from typing import Any
+
+import torch
+from device import ON_GPU, spread, synchronize
+from fresh_process import step_peak_mib
+from peers import OURS, PEERS
+from problems import PROBLEMS, BarePasses, Loss, Shape, Tensors, exact, gradient, tensors_of
+
+MAX_ROUNDS, MIN_ROUNDS, SECONDS = 5, 3, 1.0
+
+
+class Step:
+    """Forward and backward; how long the forward part took is kept aside."""
+
+    def __init__(self, loss: Loss, tensors: Tensors) -> None:
+        self.loss, self.tensors = loss, tensors
+        self.forward_seconds: list[float] = []
+
+    def __call__(self) -> None:
+        start = time.perf_counter()
+        loss = self.loss(self.tensors)
+        synchronize()
+        self.forward_seconds.append(time.perf_counter() - start)
+        torch.autograd.grad(loss, self.tensors.hidden)
+        synchronize()
+
+
+def line(shape: Shape, problem: str, peer: str) -> dict[str, Any]:
+    """What the figures are about."""
+    return {
+        "model": shape.model,
+        "T": shape.T,
+        "D": shape.D,
+        "V": shape.V,
+        "loss": problem,
+        "implementation": peer,
+    }
+
+
+def refusal(shape: Shape, peer: str) -> str | None:
+    """Why the peer cannot be measured here."""
+    if (reason := PEERS[peer].reason()) is not None:
+        return reason
+    if ON_GPU or PEERS[peer] is OURS:
+        return None
+    # logits of both models, their softmax and its gradient, fp32
+    needed, there = (
+        6 * 4 * shape.T * shape.V,
+        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+    )
+    if needed > there:
+        return f"would need {needed / 2**30:.0f} GiB of memory: {there / 2**30:.0f} are there"
+    return None
+
+
+def measure(benchmark: Any, shape: Shape, problem: str, peer: str) -> dict[str, Any]:
+    """The figures of one line.
+
+    Raises AssertionError, before anything is timed, if its gradient is wrong.
+    """
+    torch.compiler.reset()  # every shape is compiled for itself
+    tensors = tensors_of(shape)
+    loss = PEERS[peer].losses[problem](tensors)
+    error = exact(problem, shape).check(gradient(loss, tensors))
+
+    bare, step, passes = BarePasses(tensors), Step(loss, tensors), PROBLEMS[problem].passes
+    bare()
+    rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(SECONDS / bare.floor_seconds(passes)[0])))
+    benchmark.pedantic(step, setup=bare, rounds=rounds)
+    times, floor = benchmark.stats.stats.data, bare.floor_seconds(passes)[1:]
+    return {
+        "milliseconds": 1e3 * median(times),
+        "spread": spread(times),
+        "forward_milliseconds": 1e3 * median(step.forward_seconds),
+        "bare_milliseconds": 1e3 * median(floor),
+        "bare_spread": spread(floor),
+        "floor": passes,
+        "passes": passes * median(times) / median(floor),
+        "ratio": median(times) / median(floor),
+        "rounds": rounds,
+        "peak_mib": step_peak_mib(peer, problem, shape),
+        "gradient_error": error,
+    }

@@ -1,0 +1,180 @@
+"""From the results of ``make bench`` to its tables, printed (rich) and written (Markdown)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from math import log
+from typing import Any, NamedTuple
+
+from rich.table import Table as RichTable
+
+Row = dict[str, Any]
+OURS, MAIN = "softprompt_fast", ("NLL", "KL", "KL, stored teacher")
+
+
+class Table(NamedTuple):
+    """A title, the names of the columns, and cells. Columns of figures stand to the right."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+    texts: int = 1
+    """columns from the left that are not figures"""
+
+    def markdown(self) -> str:
+        align = ["---"] * self.texts + ["---:"] * (len(self.columns) - self.texts)
+        lines = [self.columns, align, *self.rows]
+        return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+    def rich(self) -> RichTable:
+        table = RichTable(title=self.title, title_justify="left")
+        for position, name in enumerate(self.columns):
+            table.add_column(name, justify="left" if position < self.texts else "right")
+        for cells in self.rows:
+            table.add_row(*cells)
+        return table
+
+
+def head(row: Row) -> str:
+    return f"{row['model']} ({row['D']} × {row['V']})"
+
+
+def loss_table(rows: Iterable[Row], title: str = "Forward and backward") -> Table:
+    columns = ["head", "T", "loss", "implementation", "ms", "± spread", "forward ms"]
+    columns += ["passes", "of floor", "peak MiB", "gradient error"]
+    return Table(
+        title,
+        columns,
+        [
+            [
+                head(row),
+                str(row["T"]),
+                row["loss"],
+                row["implementation"],
+                f"{row['milliseconds']:.4g}",
+                f"{row['spread']:.0%}",
+                f"{row['forward_milliseconds']:.4g}",
+                f"{row['passes']:.2f}",
+                f"{row['ratio']:.2f}",
+                f"{row['peak_mib']:.0f}",
+                f"{row['gradient_error']:.0e}",
+            ]
+            for row in measured(rows)
+        ],
+        texts=4,
+    )
+
+
+def measured(rows: Iterable[Row]) -> list[Row]:
+    return [row for row in rows if "reason" not in row]
+
+
+def missing(rows: Iterable[Row]) -> list[str]:
+    """A line for each implementation that could not run: what of it, and why."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if "reason" in row:
+            losses = reasons.setdefault((row["implementation"], row["reason"]), [])
+            if row["loss"] not in losses:
+                losses.append(row["loss"])
+    return [f"{name} ({'; '.join(losses)}): {why}" for (name, why), losses in reasons.items()]
+
+
+def verdict(rows: Iterable[Row]) -> list[str]:
+    """Where ours is not the fastest or not the smallest; nothing if it is both everywhere."""
+    found: dict[tuple, list[Row]] = {}
+    for row in measured(rows):
+        if row["loss"] in MAIN:
+            found.setdefault((head(row), row["T"], row["loss"]), []).append(row)
+    lines = []
+    for (where, T, loss), group in found.items():
+        ours = next((row for row in group if row["implementation"] == OURS), None)
+        for figure, unit, what in (
+            ("milliseconds", "ms", "faster"),
+            ("peak_mib", "MiB", "smaller"),
+        ):
+            for row in group:
+                if ours is not None and row[figure] < ours[figure]:
+                    lines.append(
+                        f"{where}, T={T}, {loss}: {row['implementation']} is {what}, "
+                        f"{row[figure]:.4g} {unit} to our {ours[figure]:.4g}"
+                    )
+    return lines
+
+
+def verdict_line(rows: Iterable[Row]) -> str:
+    rows = measured(rows)
+    lines = verdict(rows)
+    if lines:
+        return "Not the fastest or not the smallest:\n" + "\n".join(f"- {line}" for line in lines)
+    shapes = len({(row["model"], row["T"]) for row in rows})
+    return (
+        f"For {', '.join(MAIN[:-1])} and {MAIN[-1]} softprompt_fast is the fastest and the "
+        f"smallest of those measured, at each of the {shapes} shapes."
+    )
+
+
+def exponent(points: list[tuple[float, float]]) -> float:
+    """b of y = a x^b, by least squares over the logarithms."""
+    return slope([(log(x), log(max(y, 1e-3))) for x, y in points])
+
+
+def slope(points: list[tuple[float, float]]) -> float:
+    x_mean = sum(x for x, _ in points) / len(points)
+    y_mean = sum(y for _, y in points) / len(points)
+    return sum((x - x_mean) * (y - y_mean) for x, y in points) / sum(
+        (x - x_mean) ** 2 for x, _ in points
+    )
+
+
+def growth_table(rows: list[Row]) -> Table:
+    lines = []
+    for (axis, loss, name), group in grouped(rows, "axis", "loss", "implementation").items():
+        group = sorted(group, key=lambda row: row[axis])
+        first, last = group[0], group[-1]
+        fixed = (
+            f"D={first['D']} V={first['V']}" if axis == "T" else f"T={first['T']} D={first['D']}"
+        )
+        time = [(row[axis], row["milliseconds"]) for row in group]
+        memory = [(row[axis], row["peak_mib"]) for row in group]
+        each = [1e3 * row["milliseconds"] / row[axis] for row in group]
+        lines.append(
+            [
+                f"{axis} from {first[axis]} to {last[axis]}, {fixed}",
+                loss,
+                name,
+                f"{exponent(time):.2f}",
+                " → ".join(f"{value:.3g}" for value in (each[0], each[-1])),
+                f"{exponent(memory):.2f}",
+                " → ".join(f"{row['peak_mib']:.0f}" for row in group),
+                f"{1e3 * slope(memory):.2f}",
+            ]
+        )
+    columns = ["what grows", "loss", "implementation", "exponent of time", "µs each"]
+    columns += ["exponent of memory", "peak MiB", "MiB per 1000"]
+    return Table("Growth", columns, lines, texts=3)
+
+
+def grouped(rows: Iterable[Row], *names: str) -> dict[tuple, list[Row]]:
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in names), []).append(row)
+    return groups
+
+
+def print_losses(rows: list[Row]) -> list[Any]:
+    notes = [
+        "A pass is one bare product with the head, timed in the same run; of floor: time against "
+        "the passes that\nno implementation can avoid. MiB: peak beyond inputs and gradient. "
+        "± the distance of the quartiles.",
+        verdict_line(rows),
+    ]
+    if lines := missing(rows):
+        notes.append("Not measured here:\n" + "\n".join(f"- {line}" for line in lines))
+    return [loss_table(rows).rich(), *notes]
+
+
+PRINTED: dict[str, Callable[[list[Row]], list[Any]]] = {
+    "losses": print_losses,
+    "growth": lambda rows: [growth_table(rows).rich()],
+}
