@@ -25,7 +25,6 @@ RESULTS = ROOT / "benchmarks" / "results"
 # A part of a run must not replace a whole one: only that is copied to RESULTS.
 LATEST = ROOT / "build" / "bench.json"
 PACKAGES = [
-    "torch",
     "triton",
     "transformers",
     "liger_kernel",
@@ -79,7 +78,6 @@ def machine() -> dict[str, Any]:
         "softprompt_fast": spf.__version__,
         "commit": git.stdout.strip() or "unknown",
         "packages": {name: installed(name) for name in PACKAGES},
-        # as earlier results name it
         "torch": torch.__version__,
     }
 

@@ -1,10 +1,15 @@
-"""Memory of one step, in a process that has done nothing else."""
+"""Memory of one step, in a process that has done nothing else.
+
+Its allocator gives freed memory back at once (MALLOC_MMAP_THRESHOLD_): glibc would keep pieces of
+it, in one trial three times as much as was in use.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,17 +20,24 @@ from problems import Shape, Tensors, gradient
 Result = TypeVar("Result")
 
 
-def in_fresh_process(function: Callable[..., Result], *arguments: object) -> Result:
-    """``function(*arguments)``; on a CPU the process starts with PyTorch imported."""
+@contextlib.contextmanager
+def in_fresh_process(
+    function: Callable[..., Result], *arguments: object
+) -> Iterator[Callable[[], Result]]:
+    """``function(*arguments)`` runs there meanwhile; what is yielded waits for the result.
+
+    On a CPU the process starts with PyTorch imported.
+    """
     folder = str(Path(__file__).parent)
     if folder not in os.environ.get("PYTHONPATH", ""):
         os.environ["PYTHONPATH"] = os.pathsep.join([folder, os.environ.get("PYTHONPATH", "")])
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(128 * 1024)
     context = multiprocessing.get_context("spawn" if ON_GPU else "forkserver")
     if not ON_GPU:
         context.set_forkserver_preload(["peers", "torch._inductor.compile_fx"])
     with context.Pool(1) as pool:
-        return pool.apply(function, arguments)
+        yield pool.apply_async(function, arguments).get
 
 
 def step_peak_mib(peer: str, problem: str, shape: Shape) -> float:
@@ -33,10 +45,6 @@ def step_peak_mib(peer: str, problem: str, shape: Shape) -> float:
 
     Of the second step: what the first leaves behind (code, thread pools) is not the step's.
     """
-    return in_fresh_process(_step_peak_mib, peer, problem, shape)
-
-
-def _step_peak_mib(peer: str, problem: str, shape: Shape) -> float:
     tensors = Tensors.random(shape, different=1024)
     loss = PEERS[peer].losses[problem](tensors)
     gradient(loss, tensors)

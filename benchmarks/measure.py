@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from device import ON_GPU, spread, synchronize
-from fresh_process import step_peak_mib
+from fresh_process import in_fresh_process, step_peak_mib
 from peers import OURS, PEERS
 from problems import PROBLEMS, BarePasses, Loss, Shape, Tensors, exact, gradient, tensors_of
 
@@ -70,9 +70,11 @@ def measure(benchmark: Any, shape: Shape, problem: str, peer: str) -> dict[str, 
     Raises AssertionError, before anything is timed, if its gradient is wrong.
     """
     torch.compiler.reset()  # every shape is compiled for itself
-    tensors = tensors_of(shape)
-    loss = PEERS[peer].losses[problem](tensors)
-    error = exact(problem, shape).check(gradient(loss, tensors))
+    with in_fresh_process(step_peak_mib, peer, problem, shape) as wait:
+        tensors = tensors_of(shape)
+        loss = PEERS[peer].losses[problem](tensors)
+        error = exact(problem, shape).check(gradient(loss, tensors))
+        memory = wait()
 
     bare, step, passes = BarePasses(tensors), Step(loss, tensors), PROBLEMS[problem].passes
     bare()
@@ -89,6 +91,6 @@ def measure(benchmark: Any, shape: Shape, problem: str, peer: str) -> dict[str, 
         "passes": passes * median(times) / median(floor),
         "ratio": median(times) / median(floor),
         "rounds": rounds,
-        "peak_mib": step_peak_mib(peer, problem, shape),
+        "peak_mib": memory,
         "gradient_error": error,
     }

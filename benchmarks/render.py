@@ -15,11 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import gpu_results
-import matplotlib
+import pictures
 import tables
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -32,7 +29,6 @@ HEADS = [
     ("Gemma-3-1B", 1152, 262144),
     ("Llama-3-8B", 4096, 128256),
 ]
-OURS, PEER, OTHER_PEER, FLOOR = "#c2410c", "#94a3b8", "#cbd5e1", "#334155"
 
 
 def read(name: str) -> dict[str, Any]:
@@ -189,77 +185,13 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu": cpu_table,
     "losses": all_losses_table,
     "growth": growth_table,
+    "steps": lambda: tables.step_table(read("cpu.json")["training_steps"]).markdown(),
     "training": training_table,
     "cache": cache_table,
     "gpu": gpu_tables,
     "machine": machine_line,
     "handbook": handbook_line,
 }
-
-
-def overview_picture() -> None:
-    """Left: what the soft prompt recovers. Right: what the losses cost."""
-    report, rows = read("handbook.json"), main_rows()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6), width_ratios=[1, 1.15])
-
-    P = report["num_virtual_tokens"]
-    labels = {
-        "no context": "no context",
-        "cut context": f"context cut\nto {P} tokens",
-        "soft prompt": f"soft prompt,\n{P} tokens",
-    }
-    for position, (name, label) in enumerate(labels.items()):
-        row = report["conditions"][name]
-        left.bar(
-            position,
-            row["kl"],
-            yerr=row["kl_standard_error"],
-            color=OURS if name == "soft prompt" else PEER,
-            width=0.6,
-            capsize=4,
-        )
-        labels[name] = label
-    left.set_xticks(range(len(labels)), labels.values())
-    left.set_ylabel("nats per answer token")
-    left.set_title(f"KL to the full context ({report['context_tokens']} tokens)", fontsize=11)
-
-    shape = max((row["model"], row["T"]) for row in rows)
-    shown = [row for row in rows if (row["model"], row["T"]) == shape]
-    losses = list(dict.fromkeys(row["loss"] for row in shown))
-    found = {(row["loss"], row["implementation"]): row for row in shown}
-    names = (
-        ("TRL chunked", OTHER_PEER),
-        ("PyTorch, torch.compile", PEER),
-        ("softprompt_fast", OURS),
-    )
-    for offset, (name, color) in enumerate(names):
-        for position, loss in enumerate(losses):
-            if (row := found.get((loss, name))) is None:
-                continue  # not every one has every loss
-            height = position + 0.26 * offset
-            right.barh(height, row["passes"], 0.25, color=color, label=name)
-            right.text(
-                max(row["passes"], row["floor"]) + 0.15,  # clear of the dashed line
-                height,
-                f"{row['passes']:.1f} passes, {row['peak_mib']:.0f} MiB",
-                va="center",
-                fontsize=9,
-            )
-            right.plot(
-                [row["floor"]] * 2, [position - 0.16, position + 0.68], "--", color=FLOOR, zorder=0
-            )
-    right.set_yticks([0.26 + i for i in range(len(losses))], losses)
-    right.set_xlim(0, 1.45 * max(row["passes"] for row in shown))
-    right.set_xlabel("bare passes over the head (dashed: as many as the loss needs)")
-    title = "Forward + backward, T={T} D={D} V={V}, 2 CPU cores".format(**shown[0])
-    right.set_title(title, fontsize=11)
-    handles, names = right.get_legend_handles_labels()
-    unique = dict(zip(names, handles, strict=True))
-    right.legend(unique.values(), unique.keys(), loc="upper right", frameon=False, fontsize=9)
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(ROOT / "docs" / "images" / "overview.png", dpi=150)
 
 
 def main() -> None:
@@ -274,7 +206,9 @@ def main() -> None:
                 line = f"{content}\n" if content else ""
                 text = block.sub(lambda m, c=line: f"{m[1]}{c}{m[2]}", text)
         page.write_text(text)
-    overview_picture()
+    pictures.draw(
+        read("handbook.json"), main_rows(), read("cpu.json")["growth"], ROOT / "docs" / "images"
+    )
 
 
 if __name__ == "__main__":

@@ -162,6 +162,30 @@ def grouped(rows: Iterable[Row], *names: str) -> dict[tuple, list[Row]]:
     return groups
 
 
+def step_table(rows: list[Row]) -> Table:
+    columns = ["model", "the step's KL", "T", "seconds", "peak MiB", "MiB per 1000 tokens"]
+    columns += ["largest T in the budget", "peak MiB there"]
+    budget = rows[0]["budget_mib"]
+    return Table(
+        f"A whole training step, random weights; budget {budget} MiB beyond the model",
+        columns,
+        [
+            [
+                row["model"],
+                row["implementation"],
+                str(row["T"]),
+                f"{row['seconds']:.2f}",
+                f"{row['peak_mib']:.0f}",
+                f"{1e3 * row['mib_per_token']:.0f}",
+                str(row["largest_T"]),
+                f"{row['largest_peak_mib']:.0f}",
+            ]
+            for row in rows
+        ],
+        texts=2,
+    )
+
+
 def print_losses(rows: list[Row]) -> list[Any]:
     notes = [
         "A pass is one bare product with the head, timed in the same run; of floor: time against "
@@ -177,4 +201,5 @@ def print_losses(rows: list[Row]) -> list[Any]:
 PRINTED: dict[str, Callable[[list[Row]], list[Any]]] = {
     "losses": print_losses,
     "growth": lambda rows: [growth_table(rows).rich()],
+    "training_steps": lambda rows: [step_table(rows).rich()],
 }
