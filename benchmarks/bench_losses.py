@@ -17,7 +17,7 @@ from problems import HEADS, MAIN, PROBLEMS, Shape
 
 QUICK = [
     (Shape.of("SmolLM2-135M", 64), list(PROBLEMS)),
-    (Shape.of("SmolLM2-135M", 256), MAIN),
+    (Shape.of("SmolLM2-135M", 128), MAIN),
     (Shape.of("Gemma-3-1B", 32), MAIN),
 ]
 # A pass of 16384 tokens over the largest head takes 0.05 s on an H200, and minutes on two cores.

@@ -58,14 +58,14 @@ const void* data_of(const Tensor& t, at::ScalarType dtype, at::IntArrayRef shape
 int64_t panel_rows() { return engine().panel_rows; }
 
 // The size of the workspace for `rows` rows in a chunk. teacher_width 0: no teacher.
-int64_t workspace_floats(int64_t rows, int64_t width, int64_t teacher_width, int64_t vocabulary, bool stored,
+int64_t workspace_floats(int64_t rows, int64_t width, int64_t teacher_width, int64_t vocabulary, int64_t stored,
                          bool with_grad, bool converted, int64_t threads) {
   TokenLoss p{};
   float present;
   p.heads[0].D = width, p.heads[1].D = teacher_width;
   p.streams = teacher_width ? 2 : 1;
   p.dtype = converted ? Dtype::bf16 : Dtype::f32;
-  p.V = vocabulary, p.rows = rows, p.stored = stored, p.threads = int(threads);
+  p.V = vocabulary, p.rows = rows, p.stored = int(stored), p.threads = int(threads);
   p.dhidden = with_grad ? &present : nullptr;
   return engine().workspace_floats(p);
 }
@@ -75,7 +75,7 @@ void token_loss_(const Tensor& hidden, const Tensor& weight, const std::optional
                  const std::optional<Tensor>& more_targets, const std::optional<Tensor>& masses,
                  const std::optional<Tensor>& teacher, const std::optional<Tensor>& teacher_weight,
                  const std::optional<Tensor>& teacher_bias, double beta, double alpha, double softcap,
-                 double logit_scale, double temperature, int64_t rows, bool stored, int64_t threads,
+                 double logit_scale, double temperature, int64_t rows, int64_t stored, int64_t threads,
                  const Tensor& loss, const Tensor& dhidden, const Tensor& workspace) {
   TokenLoss p{};
   p.T = hidden.size(0), p.V = weight.size(0), p.dtype = dtype_of(hidden);
@@ -100,7 +100,7 @@ void token_loss_(const Tensor& hidden, const Tensor& weight, const std::optional
 
   p.label_smoothing = float(label_smoothing), p.alpha = alpha, p.beta = beta;
   p.softcap = float(softcap), p.logit_scale = float(logit_scale), p.temperature = float(temperature);
-  p.rows = rows, p.stored = stored, p.threads = int(threads);
+  p.rows = rows, p.stored = int(stored), p.threads = int(threads);
 
   const bool with_grad = dhidden.size(0) == p.T;
   p.loss = (data_of(loss, at::kFloat, {p.T}, "loss"), loss.mutable_data_ptr<float>());
@@ -121,13 +121,13 @@ void token_loss_(const Tensor& hidden, const Tensor& weight, const std::optional
 TORCH_LIBRARY(softprompt_fast_C, m) {
   m.def("panel_rows() -> int", &panel_rows);
   m.def(
-      "workspace_floats(int rows, int width, int teacher_width, int vocabulary, bool stored, bool with_grad, "
+      "workspace_floats(int rows, int width, int teacher_width, int vocabulary, int stored, bool with_grad, "
       "bool converted, int threads) -> int",
       &workspace_floats);
   m.def(
       "token_loss_(Tensor hidden, Tensor weight, Tensor? bias, Tensor? targets, float label_smoothing, "
       "Tensor? more_targets, Tensor? masses, Tensor? teacher, Tensor? teacher_weight, Tensor? teacher_bias, float beta, float alpha, float softcap, "
-      "float logit_scale, float temperature, int rows, bool stored, int threads, Tensor(a!) loss, "
+      "float logit_scale, float temperature, int rows, int stored, int threads, Tensor(a!) loss, "
       "Tensor(b!) dhidden, Tensor(c!) workspace) -> ()");
 }
 

@@ -62,7 +62,7 @@ class Plan(NamedTuple):
     """How the workspace is spent."""
 
     rows: int  # in a chunk
-    stored: bool  # are their logits kept between the sweeps?
+    stored: int  # streams whose logits are kept between the sweeps
     threads: int
     floats: int  # size of the workspace in fp32 numbers
 
@@ -79,7 +79,7 @@ def plan(problem: Problem) -> Plan:
     panels = min(needed, max(MAX_ROWS // panel, -(-threads // THREADS_PER_PANEL)))
     whole = problem.workspace_mib * 2**20 / 4
     while True:
-        for stored in (True, False) if keeps else (False,):
+        for stored in range(2, -1, -1) if keeps else (0,):
             for limit in (whole / 2, whole):
                 for rows in range(panels * panel, 0, -panel):
                     floats = _workspace_floats(problem, rows, stored, threads)
@@ -90,7 +90,7 @@ def plan(problem: Problem) -> Plan:
         threads = -(-threads // 2)
 
 
-def _workspace_floats(problem: Problem, rows: int, stored: bool, threads: int) -> int:
+def _workspace_floats(problem: Problem, rows: int, stored: int, threads: int) -> int:
     return torch.ops.softprompt_fast_C.workspace_floats(
         rows,
         problem.hidden.shape[1],

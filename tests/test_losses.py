@@ -31,6 +31,7 @@ from contract import (
 from torch.nn import functional as F
 
 import softprompt_fast as spf
+from softprompt_fast import cpp
 
 each_beta = pytest.mark.parametrize("beta", [0.0, 0.3, 1.0], ids="beta{}".format)
 
@@ -89,6 +90,24 @@ def test_a_small_workspace(backend, loss, dtype):
         run(case, backend=backend, workspace_mib=0.01)
     needed = int(re.match(text, str(refused.value))[1])
     check(case, *run(case, backend=backend, workspace_mib=needed))
+
+
+def test_what_the_engine_keeps_between_its_sweeps_changes_no_bit(monkeypatch):
+    """The logits of both streams, of one or of none: those that are computed again are the same."""
+    original, kept, results = cpp.plan, [], []
+
+    def spy(problem):
+        kept.append(original(problem).stored)
+        return original(problem)
+
+    monkeypatch.setattr(cpp, "plan", spy)
+    case = make_case("linear_distill", shape=(7,), width=24, vocabulary=20011, beta=0.3)
+    for workspace_mib in (16, 6, 3):
+        results.append(run(case, backend="cpp", workspace_mib=workspace_mib))
+    assert kept == [2, 1, 0]
+    for loss, gradient in results[1:]:
+        assert torch.equal(loss, results[0][0])
+        assert torch.equal(gradient, results[0][1])
 
 
 @each_backend

@@ -9,7 +9,7 @@
 // where max is the row's largest logit so far; when it rises, what was added shrinks. Nothing is kept. With a
 // teacher beside it q - p must be taken before it is rounded, and so both sums be known first:
 //
-//   sweep 1   tiles of logits -> running max and sum of every row           (kept, where `stored`)
+//   sweep 1   tiles of logits -> running max and sum of every row           (kept, of `stored` streams)
 //   sweep 2   tiles of logits -> sums of value and slope                    (divergences that need them)
 //   sweep 3   tiles of logits -> tile of dz -> added to the gradient, before the tile leaves the cache
 //
@@ -163,7 +163,7 @@ class Chunk {
   // The tile's logits in a later sweep: kept from the first, or computed once more.
   template <int NV>
   const float* again(int s, const Block& block, int64_t panel, const Layout::Scratch& scratch) const {
-    if (p.stored) return stored_tile(s, NV * LANES, block, panel);
+    if (s < p.stored) return stored_tile(s, NV * LANES, block, panel);
     logits<NV>(s, block, panel, scratch.z[s]);
     return scratch.z[s];
   }
@@ -212,7 +212,7 @@ class Chunk {
     const int64_t first = segment * p.rows + panel * PANEL;
     float* z[2] = {};
     for (int s = 0; s < p.streams; s++) {
-      z[s] = p.stored ? stored_tile(s, NV * LANES, block, panel) : scratch.z[s];
+      z[s] = s < p.stored ? stored_tile(s, NV * LANES, block, panel) : scratch.z[s];
       logits<NV>(s, block, panel, z[s]);
     }
     // forward KL needs it only where balance_slopes does

@@ -24,7 +24,7 @@ class Layout {
     const int64_t n = p.rows;
     for (int s = 0; s < p.streams; s++) {
       hidden[s] = at.take(n * p.heads[s].D);
-      stored[s] = at.take(p.stored ? n * p.V : 0);
+      stored[s] = at.take(s < p.stored ? n * p.V : 0);
       softmax[s] = {at.take(SEGMENTS * n), at.take(SEGMENTS * n), at.take(SEGMENTS * n)};
       z_target[s] = at.take(n);
     }

@@ -36,7 +36,7 @@ struct TokenLoss {
   float logit_scale;
   float temperature;
   int64_t rows;       // rows in a chunk, a multiple of the panel
-  bool stored;        // keep a chunk's logits between the sweeps
+  int stored;         // streams whose logits are kept between the sweeps
   int threads;        // as many work, each in scratch of its own
   float* loss;        // [T]
   float* dhidden;     // [T, D] or null
