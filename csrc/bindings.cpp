@@ -4,6 +4,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/library.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #include <map>
 #include <optional>
@@ -57,15 +60,15 @@ const void* data_of(const Tensor& t, at::ScalarType dtype, at::IntArrayRef shape
 
 int64_t panel_rows() { return engine().panel_rows; }
 
-// The size of the workspace for `rows` rows in a chunk. teacher_width 0: no teacher.
-int64_t workspace_floats(int64_t rows, int64_t width, int64_t teacher_width, int64_t vocabulary, int64_t stored,
+// The size of the workspace for T tokens in chunks of `rows`. teacher_width 0: no teacher.
+int64_t workspace_floats(int64_t tokens, int64_t rows, int64_t width, int64_t teacher_width, int64_t vocabulary, int64_t stored,
                          bool with_grad, bool converted, int64_t threads) {
   TokenLoss p{};
   float present;
   p.heads[0].D = width, p.heads[1].D = teacher_width;
   p.streams = teacher_width ? 2 : 1;
   p.dtype = converted ? Dtype::bf16 : Dtype::f32;
-  p.V = vocabulary, p.rows = rows, p.stored = int(stored), p.threads = int(threads);
+  p.T = tokens, p.V = vocabulary, p.rows = rows, p.stored = int(stored), p.threads = int(threads);
   p.dhidden = with_grad ? &present : nullptr;
   return engine().workspace_floats(p);
 }
@@ -121,7 +124,7 @@ void token_loss_(const Tensor& hidden, const Tensor& weight, const std::optional
 TORCH_LIBRARY(softprompt_fast_C, m) {
   m.def("panel_rows() -> int", &panel_rows);
   m.def(
-      "workspace_floats(int rows, int width, int teacher_width, int vocabulary, int stored, bool with_grad, "
+      "workspace_floats(int tokens, int rows, int width, int teacher_width, int vocabulary, int stored, bool with_grad, "
       "bool converted, int threads) -> int",
       &workspace_floats);
   m.def(
@@ -134,6 +137,16 @@ TORCH_LIBRARY(softprompt_fast_C, m) {
 TORCH_LIBRARY_IMPL(softprompt_fast_C, CPU, m) { m.impl("token_loss_", &token_loss_); }
 
 }  // namespace
+
+void expect_to_fill([[maybe_unused]] void* first, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t page = 2 << 20;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(first), inner = (begin + page - 1) / page * page;
+  const uintptr_t end = (begin + bytes) / page * page;
+  if (inner < end) madvise(reinterpret_cast<void*>(inner), end - inner, MADV_HUGEPAGE);
+#endif
+}
+
 }  // namespace softprompt_fast
 
 PYBIND11_MODULE(_C, m) {

@@ -7,6 +7,7 @@ the logits of some rows are kept, or computed again where the workspace has no r
 
 from __future__ import annotations
 
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -16,9 +17,12 @@ from . import checks
 from .problem import Problem
 
 # Rows in a chunk. Each chunk streams the head from memory once a sweep: enough rows to hide that,
-# few enough that what is kept of them takes little room. A panel of rows is work for 8 threads.
+# few enough that what is kept of them takes little room. A panel of rows is work for 8 threads;
+# with work for twice as many, few of them wait.
 MAX_ROWS = 192
-THREADS_PER_PANEL = 4
+THREADS_PER_PANEL = 8
+# What may be kept of the logits: this, or what those of one stream [T, V] take if it is more.
+KEPT_MIB = 24
 
 
 def token_loss(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -68,23 +72,27 @@ class Plan(NamedTuple):
 
 
 def plan(problem: Problem) -> Plan:
-    """The fastest way that fits: keep the logits, then compute them again, then fewer threads.
+    """The fastest way that fits: keep the logits, then compute some again, then fewer threads.
 
     Half of the workspace is for comfort; the whole of it saves computing again.
     """
     panel = torch.ops.softprompt_fast_C.panel_rows()
-    needed = -(-max(1, problem.hidden.shape[0]) // panel)
-    keeps = problem.teacher is not None or bool(problem.with_grad and problem.label_smoothing)
+    tokens, vocabulary = max(1, problem.hidden.shape[0]), problem.weight.shape[0]
+    needed = -(-tokens // panel)
+    several = problem.teacher is not None or (problem.with_grad and problem.label_smoothing)
+    streams = len(problem.heads) if several else 0  # of more sweeps than one
+    whole, kept = problem.workspace_mib * 2**18, max(KEPT_MIB * 2**18, tokens * vocabulary)
     threads = torch.get_num_threads()
-    panels = min(needed, max(MAX_ROWS // panel, -(-threads // THREADS_PER_PANEL)))
-    whole = problem.workspace_mib * 2**20 / 4
+    most = min(needed, max(MAX_ROWS // panel, -(-2 * threads // THREADS_PER_PANEL)))
     while True:
-        for stored in range(2, -1, -1) if keeps else (0,):
-            for limit in (whole / 2, whole):
-                for rows in range(panels * panel, 0, -panel):
-                    floats = _workspace_floats(problem, rows, stored, threads)
-                    if floats <= limit:
-                        return Plan(rows, stored, threads, floats)
+        busy = min(needed, -(-threads // THREADS_PER_PANEL))  # panels that give all threads work
+        choices = product((busy, 1), range(streams, -1, -1), (whole / 2, whole))
+        for fewest, stored, limit in choices:
+            for panels in range(most, fewest - 1, -1):
+                floats = _workspace_floats(problem, panels * panel, stored, threads)
+                rows = min(panels * panel, tokens)
+                if floats <= limit and stored * rows * vocabulary <= kept:
+                    return Plan(panels * panel, stored, threads, floats)
         if threads == 1:
             checks.workspace(4 * floats, problem.workspace_mib, f"a panel of {panel} rows")
         threads = -(-threads // 2)
@@ -92,6 +100,7 @@ def plan(problem: Problem) -> Plan:
 
 def _workspace_floats(problem: Problem, rows: int, stored: int, threads: int) -> int:
     return torch.ops.softprompt_fast_C.workspace_floats(
+        problem.hidden.shape[0],
         rows,
         problem.hidden.shape[1],
         0 if problem.teacher is None else problem.teacher.shape[1],

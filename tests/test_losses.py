@@ -101,13 +101,34 @@ def test_what_the_engine_keeps_between_its_sweeps_changes_no_bit(monkeypatch):
         return original(problem)
 
     monkeypatch.setattr(cpp, "plan", spy)
-    case = make_case("linear_distill", shape=(7,), width=24, vocabulary=20011, beta=0.3)
+    case = make_case("linear_distill", shape=(47,), width=24, vocabulary=20011, beta=0.3)
     for workspace_mib in (16, 6, 3):
         results.append(run(case, backend="cpp", workspace_mib=workspace_mib))
     assert kept == [2, 1, 0]
     for loss, gradient in results[1:]:
         assert torch.equal(loss, results[0][0])
         assert torch.equal(gradient, results[0][1])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "vocabulary"), [(7, 300), (16, 262144), (32, 262144), (64, 49152), (999, 151936)]
+)
+def test_the_engine_keeps_no_more_logits_than_one_stream_has(monkeypatch, tokens, vocabulary):
+    """Or 24 MiB, if that is more: KL of few tokens takes no more than materialised logits would."""
+    asked = []
+
+    def spy(problem):
+        plan = original(problem)
+        without = cpp._workspace_floats(problem, plan.rows, 0, plan.threads)
+        asked.append(plan.floats - without)
+        return plan
+
+    original = cpp.plan
+    monkeypatch.setattr(cpp, "plan", spy)
+    hidden = torch.zeros(tokens, 4, requires_grad=True)
+    spf.linear_kl(hidden, torch.zeros(vocabulary, 4), torch.zeros(tokens, 4), backend="cpp")
+    whole_lanes = -(-tokens // 16) * 16
+    assert 0 < 4 * asked[0] <= max(24 * 2**20, 4 * whole_lanes * vocabulary)
 
 
 @each_backend

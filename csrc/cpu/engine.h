@@ -22,10 +22,11 @@
 #include "layout.h"
 #include "entries.h"
 
-// BLOCK entries of the vocabulary, as fp32.
+// BLOCK entries of the vocabulary, as fp32, and the next ones as they lie in memory.
 struct Block {
   int64_t first, n;
   const float *weight[2], *bias[2];
+  Ahead ahead[2];
 };
 
 class Chunk {
@@ -40,19 +41,19 @@ class Chunk {
   void run() {
     load_hidden();
     if (online) {
-      sweep([this](auto nv, const auto&... tile) { statistics_and_gradient<nv()>(tile...); }, true);
+      sweep([this](auto nv, auto&... tile) { statistics_and_gradient<nv()>(tile...); }, true);
       finish_softmax();
       finish_online_gradient();
       return finish_loss();
     }
-    sweep([this](auto nv, const auto&... tile) { statistics<nv()>(tile...); });
+    sweep([this](auto nv, auto&... tile) { statistics<nv()>(tile...); });
     finish_softmax();
     if (measured_early) {
-      sweep([this](auto nv, const auto&... tile) { measure<nv()>(tile...); });
+      sweep([this](auto nv, auto&... tile) { measure<nv()>(tile...); });
       finish_slopes();
     }
     if (p.dhidden) {
-      sweep([this](auto nv, const auto&... tile) { gradient<nv()>(tile...); }, true);
+      sweep([this](auto nv, auto&... tile) { gradient<nv()>(tile...); }, true);
       finish_gradient();
       if (p.streams == 2 && !measured_early) balance_slopes();
     }
@@ -119,7 +120,7 @@ class Chunk {
       const int64_t segment = task % SEGMENTS, group = task / SEGMENTS;
       const Layout::Scratch scratch = at.scratch(thread);
       for (int64_t b = blocks * segment / SEGMENTS; b < blocks * (segment + 1) / SEGMENTS; b++) {
-        const Block block = load_block(b * BLOCK, scratch);
+        Block block = load_block(b * BLOCK, scratch);
         if (packed) pack_columns(block.weight[0], block.n, p.heads[0].D, scratch.packed);
         for (int64_t panel = panels * group / groups; panel < panels * (group + 1) / groups; panel++)
           with_vectors(panel, [&](auto nv) { body(nv, segment, block, panel, scratch); });
@@ -128,7 +129,8 @@ class Chunk {
   }
 
   Block load_block(int64_t first, const Layout::Scratch& scratch) const {
-    Block block{first, std::min(BLOCK, p.V - first), {}, {}};
+    const int64_t next = first + BLOCK, size = p.dtype == Dtype::f32 ? 4 : 2;
+    Block block{first, std::min(BLOCK, p.V - first), {}, {}, {}};
     for (int s = 0; s < p.streams; s++) {
       const Head& head = p.heads[s];
       if (s == 1 && head.weight == p.heads[0].weight && head.bias == p.heads[0].bias) {
@@ -141,6 +143,9 @@ class Chunk {
         to_float(head.weight, p.dtype, first * head.D, block.n * head.D, scratch.converted[s]);
         block.weight[s] = scratch.converted[s];
       }
+      if (next < p.V)
+        block.ahead[s] = {static_cast<const char*>(head.weight) + next * head.D * size,
+                          std::min(BLOCK, p.V - next) * head.D * size};
       if (head.bias) {
         to_float(head.bias, p.dtype, first, block.n, scratch.bias[s]);
         block.bias[s] = scratch.bias[s];
@@ -150,19 +155,19 @@ class Chunk {
   }
 
   template <int NV>
-  void logits(int s, const Block& block, int64_t panel, float* z) const {
+  void logits(int s, Block& block, int64_t panel, float* z) const {
     const int64_t D = p.heads[s].D;
-    logits_tile<NV>(block.weight[s], block.n, at.hidden[s] + panel * PANEL * D, D, z);
+    logits_tile<NV>(block.weight[s], block.n, at.hidden[s] + panel * PANEL * D, D, z, block.ahead[s]);
     transform.template apply<NV>(z, block.n, block.bias[s]);
   }
 
   float* stored_tile(int s, int64_t lanes, const Block& block, int64_t panel) const {
-    return at.stored[s] + panel * PANEL * p.V + block.first * lanes;
+    return at.stored + s * at.stored_stride() + panel * PANEL * p.V + block.first * lanes;
   }
 
   // The tile's logits in a later sweep: kept from the first, or computed once more.
   template <int NV>
-  const float* again(int s, const Block& block, int64_t panel, const Layout::Scratch& scratch) const {
+  const float* again(int s, Block& block, int64_t panel, const Layout::Scratch& scratch) const {
     if (s < p.stored) return stored_tile(s, NV * LANES, block, panel);
     logits<NV>(s, block, panel, scratch.z[s]);
     return scratch.z[s];
@@ -188,7 +193,7 @@ class Chunk {
   // The one sweep. The target and the other entries of its distribution are left out of the gradient: their
   // q - mass is added when q is known, as one difference.
   template <int NV>
-  void statistics_and_gradient(int64_t segment, const Block& block, int64_t panel, const Layout::Scratch& scratch) {
+  void statistics_and_gradient(int64_t segment, Block& block, int64_t panel, const Layout::Scratch& scratch) {
     const int64_t D = p.heads[0].D, first = segment * p.rows + panel * PANEL;
     float *z = scratch.z[0], *dz = scratch.dz, *z_target = at.z_target[0];
     logits<NV>(0, block, panel, z);
@@ -202,13 +207,13 @@ class Chunk {
     transform.template chain<NV>(z, block.n, dz);
     float* dh = at.dh + gradient_offset(segment, panel);
     shrinkage.apply(dh, D);
-    gradient_tile<NV>(scratch.packed, block.n, dz, D, dh);
+    gradient_tile<NV>(scratch.packed, block.n, dz, D, dh, block.ahead[0]);
   }
 
   // Sweep 1. The target is left out of the sums, so that 1 - q_target never has to be a difference; of the
   // teacher's too, so that equal logits have equal normalisers.
   template <int NV>
-  void statistics(int64_t segment, const Block& block, int64_t panel, const Layout::Scratch& scratch) {
+  void statistics(int64_t segment, Block& block, int64_t panel, const Layout::Scratch& scratch) {
     const int64_t first = segment * p.rows + panel * PANEL;
     float* z[2] = {};
     for (int s = 0; s < p.streams; s++) {
@@ -231,7 +236,7 @@ class Chunk {
 
   // Sweep 2.
   template <int NV>
-  void measure(int64_t segment, const Block& block, int64_t panel, const Layout::Scratch& scratch) const {
+  void measure(int64_t segment, Block& block, int64_t panel, const Layout::Scratch& scratch) const {
     const float *z = again<NV>(0, block, panel, scratch), *z_teacher = again<NV>(1, block, panel, scratch);
     const int64_t first = segment * p.rows + panel * PANEL;
     with_divergence([&](auto divergence) {
@@ -242,7 +247,7 @@ class Chunk {
 
   // Sweep 3.
   template <int NV>
-  void gradient(int64_t segment, const Block& block, int64_t panel, const Layout::Scratch& scratch) {
+  void gradient(int64_t segment, Block& block, int64_t panel, const Layout::Scratch& scratch) {
     const int64_t D = p.heads[0].D, first = segment * p.rows + panel * PANEL;
     const float* z = again<NV>(0, block, panel, scratch);
     float* dz = scratch.dz;
@@ -264,7 +269,7 @@ class Chunk {
       });
     }
     transform.template chain<NV>(z, block.n, dz);
-    gradient_tile<NV>(scratch.packed, block.n, dz, D, at.dh + gradient_offset(segment, panel));
+    gradient_tile<NV>(scratch.packed, block.n, dz, D, at.dh + gradient_offset(segment, panel), block.ahead[0]);
   }
 
   template <class Body>
@@ -440,5 +445,6 @@ static int64_t workspace_floats(const TokenLoss& p) {
 
 static void run(const TokenLoss& p, ParallelFor parallel) {
   const Layout layout(p, p.workspace);
+  expect_to_fill(layout.stored, p.stored * layout.stored_stride() * sizeof(float));
   for (int64_t start = 0; start < p.T; start += p.rows) Chunk(p, layout, parallel, start).run();
 }

@@ -12,7 +12,7 @@ class Layout {
   struct Scratch {  // of one thread
     float *z[2], *dz, *packed, *converted[2], *bias[2];
   };
-  float *hidden[2], *stored[2], *dh;
+  float *hidden[2], *stored, *dh;
   Softmax softmax[2];
   Peak peak;
   float *value, *slope, *z_target[2], *dz_target, *nll;
@@ -22,9 +22,9 @@ class Layout {
   Layout(const TokenLoss& p, float* base) : p(p) {
     Cursor at{base};
     const int64_t n = p.rows;
+    stored = at.take(p.stored * stored_stride());
     for (int s = 0; s < p.streams; s++) {
       hidden[s] = at.take(n * p.heads[s].D);
-      stored[s] = at.take(s < p.stored ? n * p.V : 0);
       softmax[s] = {at.take(SEGMENTS * n), at.take(SEGMENTS * n), at.take(SEGMENTS * n)};
       z_target[s] = at.take(n);
     }
@@ -39,6 +39,9 @@ class Layout {
     scratch(0, &scratch_size);
     size = (scratch_base - base) + scratch_size * p.threads;
   }
+
+  // Kept logits of one stream: of the rows that there are, not of whole panels.
+  int64_t stored_stride() const { return round_up(std::min(p.rows, p.T), LANES) * p.V; }
 
   Scratch scratch(int thread, int64_t* taken = nullptr) const {
     Cursor at{scratch_base + scratch_size * thread};

@@ -8,10 +8,12 @@ constexpr int PANEL_VECTORS = 3;
 constexpr int PANEL = PANEL_VECTORS * LANES;
 // Rows of a register tile: TILE * PANEL_VECTORS accumulators fit the register file (32 or 16).
 constexpr int TILE = SPF_VECTOR_BYTES == 64 ? 8 : 4;
-// Vocabulary entries of a block, and the slice of D whose panel stays in the first-level cache. Each slice's
-// sums begin anew, so that a logit's rounding error grows with D / SLICE and not with D.
-constexpr int64_t BLOCK = 192;
+// Vocabulary entries of a block, which stays in the second-level cache with its packed copy and the block that
+// comes next; and the slice of D whose panel stays in the first. Each slice's sums begin anew, so that a
+// logit's rounding error grows with D / SLICE and not with D.
+constexpr int64_t BLOCK = 48;
 constexpr int64_t SLICE = 64;
+constexpr int64_t LINE = 64;  // bytes of a line of the cache
 
 SPF_INLINE float half_to_float(uint16_t h) {
   // subnormals as integers: floating-point tricks fail where the caller flushes subnormals to zero
@@ -41,6 +43,18 @@ static void to_float(const void* source, Dtype dtype, int64_t first, int64_t n, 
     for (int64_t i = 0; i < n; i++) out[i] = half_to_float(in[i]);
   }
 }
+
+// What is to come from memory, asked for a few lines at every register tile: the products hide the wait. The
+// hardware does not foresee a product that walks over many rows at once.
+struct Ahead {
+  const char* at;
+  int64_t left;  // bytes
+
+  void fetch(int64_t bytes) {
+    for (const int64_t stop = std::max<int64_t>(left - bytes, 0); left > stop; left -= LINE, at += LINE)
+      __builtin_prefetch(at, 0, 2);
+  }
+};
 
 // M rows of: out[v, :] (+)= sum over k in [0, n) of a[v, k] * b[k, :]; a's row stride is `lda`, column
 // stride `step`.
@@ -72,13 +86,15 @@ SPF_INLINE void register_tile(const float* a, int64_t lda, int64_t step, const f
 
 // z[v, :] = sum over d of w[v, d] * h[d, :] for v in [0, n).    w [n, D], h [D, ROWS]
 template <int NV>
-static void logits_tile(const float* w, int64_t n, const float* h, int64_t D, float* z) {
+static void logits_tile(const float* w, int64_t n, const float* h, int64_t D, float* z, Ahead& ahead) {
   constexpr int ROWS = NV * LANES;
   for (int64_t d = 0; d < D; d += SLICE) {
     const int64_t width = D - d < SLICE ? D - d : SLICE;
     int64_t v = 0;
-    for (; v + TILE <= n; v += TILE)
+    for (; v + TILE <= n; v += TILE) {
+      ahead.fetch(TILE * SLICE * sizeof(float));
       register_tile<TILE, NV>(w + v * D + d, D, 1, h + d * ROWS, width, z + v * ROWS, d > 0);
+    }
     for (; v < n; v++)
       register_tile<1, NV>(w + v * D + d, D, 1, h + d * ROWS, width, z + v * ROWS, d > 0);
   }
@@ -97,8 +113,10 @@ static void pack_columns(const float* w, int64_t n, int64_t D, float* packed) {
 
 // dh[d, :] += sum over v in [0, n) of w[v, d] * dz[v, :].    packed: see above, dh [padded D, ROWS]
 template <int NV>
-static void gradient_tile(const float* packed, int64_t n, const float* dz, int64_t D, float* dh) {
+static void gradient_tile(const float* packed, int64_t n, const float* dz, int64_t D, float* dh, Ahead& ahead) {
   constexpr int ROWS = NV * LANES;
-  for (int64_t d = 0; d < D; d += TILE)
+  for (int64_t d = 0; d < D; d += TILE) {
+    ahead.fetch(TILE * n * sizeof(float));
     register_tile<TILE, NV>(packed + d * n, 1, TILE, dz, n, dh + d * ROWS, true);
+  }
 }
