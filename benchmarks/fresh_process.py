@@ -10,6 +10,7 @@ import contextlib
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,7 +27,8 @@ def in_fresh_process(
 ) -> Iterator[Callable[[], Result]]:
     """``function(*arguments)`` runs there meanwhile; what is yielded waits for the result.
 
-    On a CPU the process starts with PyTorch imported.
+    On a CPU the process starts with PyTorch imported; and with that only, for the server imports
+    from the working directory first, where this package may lie without its compiled extension.
     """
     folder = str(Path(__file__).parent)
     if folder not in os.environ.get("PYTHONPATH", ""):
@@ -35,9 +37,9 @@ def in_fresh_process(
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(128 * 1024)
     context = multiprocessing.get_context("spawn" if ON_GPU else "forkserver")
     if not ON_GPU:
-        context.set_forkserver_preload(["peers", "torch._inductor.compile_fx"])
-    with context.Pool(1) as pool:
-        yield pool.apply_async(function, arguments).get
+        context.set_forkserver_preload(["torch._inductor.compile_fx"])
+    with ProcessPoolExecutor(1, context) as pool:
+        yield pool.submit(function, *arguments).result
 
 
 def step_peak_mib(peer: str, problem: str, shape: Shape) -> float:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import sys
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from gpu_cases import LOSSES, Case
@@ -28,59 +28,20 @@ from gpu_common import (
     peak_mib,
     poison_free_memory,
 )
+from problems import BarePasses, Exact, Tensors, mm
 from torch import Tensor
 
 import softprompt_fast as spf
 
-DTYPE, U_DTYPE = torch.bfloat16, 2.0**-8
-U32 = 2.0**-24
+DTYPE = torch.bfloat16
 CHECKED_ROWS = 16
-# fp32 logits of the bare products: few pieces, in the memory of any GPU that runs these shapes.
-BARE_BYTES = 8 * 2**30
 # Longer steps launch nothing that a graph would save.
 GRAPH_TOKENS = 1024
 
 
-class Tensors(NamedTuple):
-    """As a model has them: logits of standard deviation 2, a teacher near the student."""
-
-    hidden: Tensor  # [T, D], requires grad
-    weight: Tensor  # [V, D]
-    targets: Tensor  # [T]
-    teacher: Tensor  # [T, D]
-    sketch: spf.TeacherSketch | None = None
-
-    @classmethod
-    def random(cls, case: Case) -> Tensors:
-        def normal(*shape: int, std: float = 1.0) -> Tensor:
-            return torch.empty(shape, dtype=DTYPE, device=DEVICE).normal_(std=std)
-
-        torch.manual_seed(0)
-        hidden = normal(case.T, case.D)
-        tensors = cls(
-            hidden.clone().requires_grad_(),
-            normal(case.V, case.D, std=2 * case.D**-0.5),
-            torch.randint(case.V, (case.T,), device=DEVICE),
-            hidden + normal(case.T, case.D, std=0.3),
-        )
-        if not case.sketched:
-            return tensors
-        return tensors._replace(sketch=spf.sketch_teacher(tensors.teacher, tensors.weight))
-
-    def rows(self, index: Tensor) -> Tensors:
-        """Some of the tokens, in float64; the teacher as it is."""
-        return Tensors(
-            self.hidden.detach()[index].double().requires_grad_(),
-            self.weight.double(),
-            self.targets[index],
-            self.teacher[index].double(),
-        )
-
-
-def gradient(module: ModuleType, case: Case, t: Tensors, **options: Any) -> Tensor:
+def gradient(module: ModuleType, case: Case, t: Tensors, teacher: Any, **options: Any) -> Tensor:
     """One step: the loss and its gradient by the hidden states."""
     name, own = LOSSES[case.loss]
-    teacher = t.teacher if t.sketch is None else t.sketch
     others = {
         "linear_nll": (t.targets,),
         "linear_kl": (teacher,),
@@ -90,73 +51,46 @@ def gradient(module: ModuleType, case: Case, t: Tensors, **options: Any) -> Tens
     return torch.autograd.grad(loss, t.hidden)[0]
 
 
-def checked_error(case: Case, t: Tensors, result: Tensor) -> float:
+def checked_error(case: Case, t: Tensors, found: Tensor) -> float:
     """Relative L2 error of sampled rows against fp64, which must hold the numerics contract."""
     index = torch.randint(case.T, (min(CHECKED_ROWS, case.T),), device=DEVICE)
     index[0], index[-1] = 0, case.T - 1
     sample = t.rows(index)
-    exact = gradient(spf.reference, case, sample, reduction="sum")
-    # the step's loss is a mean over T tokens: a power of two
-    error = float((case.T * result[index].double() - exact).norm() / exact.norm())
-    with torch.no_grad():
-        z = spf.reference.logits(torch.cat((sample.hidden, sample.teacher)), sample.weight)
-    scale = 1 + float(z.abs().max() + z.logsumexp(-1).abs().max())
-    bound = U_DTYPE + 8 * U32 * scale
-    if not error <= bound:
-        raise SystemExit(f"wrong gradient: relative error {error:.3g}, bound {bound:.3g}: {case}")
-    return error
-
-
-class BarePasses:
-    """The products that the loss cannot avoid, in as few pieces as memory allows."""
-
-    def __init__(self, case: Case, t: Tensors) -> None:
-        self.hidden, self.weight, self.streams = t.hidden.detach(), t.weight, case.streams
-        # in multiples of the products' tiles
-        self.rows = min(case.T, BARE_BYTES // (4 * case.V) // 128 * 128)
-        self.logits = torch.empty(self.rows, case.V, device=DEVICE)
-        self.dz = torch.empty(self.rows, case.V, dtype=DTYPE, device=DEVICE).normal_()
-        self.out = torch.empty(self.rows, case.D, device=DEVICE)
-
-    def __call__(self) -> None:
-        for hidden in self.hidden.split(self.rows):
-            rows = len(hidden)
-            for _ in range(self.streams):
-                mm(hidden, self.weight.T, self.logits[:rows])
-            mm(self.dz[:rows], self.weight, self.out[:rows])
-
-
-def mm(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """fp32 results of bf16 inputs; PyTorch has no such product on the CPU."""
-    if a.is_cuda:
-        torch.mm(a, b, out_dtype=torch.float32, out=out)
-    else:
-        torch.mm(a.float(), b.float(), out=out)
+    exact = gradient(spf.reference, case, sample, sample.teacher)
+    return Exact(index, exact, sample.contract(DTYPE)).check(found)
 
 
 def measure_loss(case: Case) -> None:
-    t = Tensors.random(case)
+    t = Tensors.random(case, dtype=DTYPE)
+    teacher = spf.sketch_teacher(t.teacher, t.weight) if case.sketched else t.teacher
+    bare = BarePasses(t)
 
     def step() -> Tensor:
-        return gradient(spf, case, t, backend=case.backend, workspace_mib=case.workspace_mib)
+        own = {"backend": case.backend, "workspace_mib": case.workspace_mib}
+        return gradient(spf, case, t, teacher, **own)
+
+    def products() -> None:
+        for _ in range(case.streams):
+            bare.multiply()
+        bare.multiply_back()
 
     poison_free_memory()
     error = checked_error(case, t, step())
     memory = peak_mib(step)
-    works = {"bare": BarePasses(case, t), "step": step}
+    works = {"bare": products, "step": step}
     replay = capture(step) if case.T <= GRAPH_TOKENS else None
     if replay is not None:
         works["graph"] = replay
     times = interleaved(works)
-    bare, ours = times["bare"], times["step"]
+    floor, ours = times["bare"], times["step"]
     figures: dict[str, Any] = {
         "milliseconds": ours.milliseconds,
         "spread": ours.spread,
-        "bare_milliseconds": bare.milliseconds,
-        "bare_spread": bare.spread,
+        "bare_milliseconds": floor.milliseconds,
+        "bare_spread": floor.spread,
         "floor": case.passes,
-        "passes": case.passes * ours.milliseconds / bare.milliseconds,
-        "ratio": ours.milliseconds / bare.milliseconds,
+        "passes": case.passes * ours.milliseconds / floor.milliseconds,
+        "ratio": ours.milliseconds / floor.milliseconds,
         "peak_mib": memory,
         "fp32_gradient_mib": 4 * case.T * case.D / 2**20,
         "gradient_error": error,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from device import DEVICE, ON_GPU, seconds
@@ -19,7 +19,7 @@ import softprompt_fast as spf
 reference = spf.reference
 # As models are trained on the device: 16 bits on a GPU, 32 where those are only emulated.
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
-UNIT = {torch.bfloat16: 2.0**-8, torch.float32: 0.0}[DTYPE]
+UNIT = {torch.bfloat16: 2.0**-8, torch.float32: 0.0}
 U32 = 2.0**-24
 CHECKED_ROWS = 8
 
@@ -30,6 +30,17 @@ HEADS = {
     "Gemma-3-1B": (1152, 262144),
     "Llama-3-8B": (4096, 128256),
 }
+
+
+class Sizes(Protocol):
+    """T tokens of D numbers, V entries."""
+
+    @property
+    def T(self) -> int: ...
+    @property
+    def D(self) -> int: ...
+    @property
+    def V(self) -> int: ...
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -59,7 +70,9 @@ class Tensors(NamedTuple):
     weight: Tensor  # [V, D], frozen
 
     @classmethod
-    def random(cls, shape: Shape, different: int | None = None) -> Tensors:
+    def random(
+        cls, shape: Sizes, different: int | None = None, dtype: torch.dtype = DTYPE
+    ) -> Tensors:
         """Logits of standard deviation 2, a teacher near the student.
 
         different: so many rows of the head, over and over: made in less time, where only the size
@@ -68,7 +81,7 @@ class Tensors(NamedTuple):
         generator = torch.Generator(DEVICE).manual_seed(0)
 
         def normal(*size: int, std: float = 1.0) -> Tensor:
-            return torch.empty(size, dtype=DTYPE, device=DEVICE).normal_(
+            return torch.empty(size, dtype=dtype, device=DEVICE).normal_(
                 std=std, generator=generator
             )
 
@@ -89,6 +102,12 @@ class Tensors(NamedTuple):
             self.targets[index],
             self.weight.double(),
         )
+
+    def contract(self, dtype: torch.dtype) -> float:
+        """docs/losses.md: the relative error that a gradient of these rows may have."""
+        with torch.no_grad():
+            z = reference.logits(torch.cat((self.hidden, self.teacher)), self.weight)
+        return UNIT[dtype] + 8 * U32 * (1 + float(z.abs().max() + z.logsumexp(-1).abs().max()))
 
 
 Loss = Callable[[Tensors], Tensor]
@@ -162,10 +181,7 @@ def sample_of(shape: Shape) -> Sample:
     rounds more than we do is shown with its error, not refused."""
     index = torch.linspace(0, shape.T - 1, min(CHECKED_ROWS, shape.T)).long().to(DEVICE)
     rows = tensors_of(shape).rows(index)
-    with torch.no_grad():
-        z = reference.logits(torch.cat((rows.hidden, rows.teacher)), rows.weight)
-    size = 1 + float(z.abs().max() + z.logsumexp(-1).abs().max())
-    return Sample(index, rows, 10 * (UNIT + 8 * U32 * size))
+    return Sample(index, rows, 10 * rows.contract(DTYPE))
 
 
 @cache
@@ -187,9 +203,9 @@ class BarePasses:
         V, D = self.weight.shape
         self.piece = min(len(self.hidden), max(128, self.BYTES // (4 * V) // 128 * 128))
         self.logits = torch.zeros(self.piece, V, device=DEVICE)
-        self.dz = (
-            self.logits if torch.float32 == DTYPE else torch.zeros_like(self.logits, dtype=DTYPE)
-        )
+        self.dz = self.logits
+        if t.weight.dtype != torch.float32:  # a product with zeros takes less power, and less time
+            self.dz = torch.empty_like(self.logits, dtype=t.weight.dtype).normal_()
         self.dh = torch.zeros(self.piece, D, device=DEVICE)
         self.seconds: dict[str, list[float]] = {"logits": [], "gradient": []}
 
@@ -212,8 +228,8 @@ class BarePasses:
 
 
 def mm(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """fp32 results, whatever the inputs are."""
-    if a.dtype == torch.float32:
-        torch.mm(a, b, out=out)
-    else:
+    """fp32 results, whatever the inputs are. PyTorch has no such product of 16 bits on a CPU."""
+    if a.is_cuda and a.dtype != torch.float32:
         torch.mm(a, b, out_dtype=torch.float32, out=out)
+    else:
+        torch.mm(a.float(), b.float(), out=out)

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
+import pkgutil
+from concurrent.futures.process import BrokenProcessPool
+from unittest import mock
 
 import measure
 import pytest
 import tables
+from fresh_process import in_fresh_process
 from peers import OURS, PEERS, Peer
 from problems import PROBLEMS, Shape, exact, gradient, tensors_of
+
+import softprompt_fast as spf
 
 SHAPE = Shape(model="tiny", T=24, D=32, V=1003)
 
@@ -51,6 +58,26 @@ def test_a_gradient_that_is_wrong_by_a_thousandth_is_not_timed(monkeypatch, prob
     with pytest.raises(AssertionError, match="wrong gradient: relative error 0.001"):
         measure.measure(clock, SHAPE, problem, "wrong")
     assert not clock.timed
+
+
+@pytest.fixture
+def environment():
+    """Of the test process: as it was, when the test ends."""
+    with mock.patch.dict(os.environ):
+        yield
+
+
+@pytest.mark.usefixtures("environment")
+def test_memory_is_measured_of_the_same_package():
+    """Of the installed one, not of sources without an extension in the working directory."""
+    with in_fresh_process(pkgutil.resolve_name, "softprompt_fast:__file__") as wait:
+        assert wait() == spf.__file__
+
+
+@pytest.mark.usefixtures("environment")
+def test_a_process_that_dies_is_an_error():
+    with in_fresh_process(os.abort) as wait, pytest.raises(BrokenProcessPool):
+        wait()
 
 
 @pytest.mark.parametrize("token", [0, SHAPE.T - 1])
