@@ -3,77 +3,18 @@ tokens that fit into a budget of memory beyond the model. The weights are random
 
 Each line is a fresh process with the trainer's own loss, through the whole frozen model and back to
 the soft prompt, with activation checkpointing. Memory is measured at two sizes; the line through
-them says which size should fill the budget, and that one is measured too.
+the last two says which size should fill the budget, until the largest that fits has been run.
 """
 
 from __future__ import annotations
 
-import tempfile
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
-import torch
-from device import DEVICE, ON_GPU, peak_mib, seconds
 from fresh_process import in_fresh_process
-from problems import DTYPE
-from transformers import AutoConfig, AutoModelForCausalLM
+from training_step import CONFIGS, KINDS, measure_steps
 
-from softprompt_fast import SoftPrompt, SoftPromptConfig, SoftPromptTrainer
-from softprompt_fast.answers import Answer, SketchOptions, keep_sketches
-from softprompt_fast.arguments import SoftPromptTrainingArguments
-from softprompt_fast.collator import TrainingExample
-from softprompt_fast.model import SoftPromptModel
-from softprompt_fast.prompting import Query
-
-P, QUERY, ANSWER = 16, 16, 96  # tokens of the soft prompt, of a query and of its answer
-
-# What AutoConfig needs to make the published model, weights apart.
-CONFIGS: dict[str, dict[str, Any]] = {
-    "SmolLM2-135M": dict(
-        model_type="llama",
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        vocab_size=49152,
-    ),
-    "Qwen2.5-0.5B": dict(
-        model_type="qwen2",
-        hidden_size=896,
-        intermediate_size=4864,
-        num_hidden_layers=24,
-        num_attention_heads=14,
-        num_key_value_heads=2,
-        vocab_size=151936,
-    ),
-    "Gemma-3-1B": dict(
-        model_type="gemma3_text",
-        hidden_size=1152,
-        intermediate_size=6912,
-        num_hidden_layers=26,
-        num_attention_heads=4,
-        num_key_value_heads=1,
-        head_dim=256,
-        vocab_size=262144,
-    ),
-}
-BUDGET_MIB = 16384 if ON_GPU else 256
 QUICK, FULL = ["SmolLM2-135M"], list(CONFIGS)
-
-
-class Kind(NamedTuple):
-    """How the KL to the teacher is computed."""
-
-    loss_impl: str
-    stored: bool  # a sketch of the teacher, or its hidden states
-
-
-KINDS = {
-    "PyTorch, logits in memory": Kind("reference", stored=False),
-    "softprompt_fast, teacher's hidden states": Kind("fused", stored=False),
-    "softprompt_fast, sketch": Kind("fused", stored=True),
-}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -86,65 +27,3 @@ def bench_training_step(record: Any, model: str, kind: str) -> None:
     with in_fresh_process(measure_steps, model, kind) as wait:
         figures = wait()
     record("training_steps", model=model, implementation=kind, **figures)
-
-
-def measure_steps(name: str, kind: str) -> dict[str, Any]:
-    """T counts answer tokens, in sequences of ANSWER."""
-    config = AutoConfig.for_model(**CONFIGS[name], tie_word_embeddings=True)
-    torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_config(config, dtype=DTYPE).to(DEVICE)
-    noise = SoftPromptConfig(num_virtual_tokens=P, prompt_tuning_init="random", placement="prefix")
-    model = SoftPromptModel(base, SoftPrompt.from_model(base, None, noise))
-    with tempfile.TemporaryDirectory() as directory:
-        args = SoftPromptTrainingArguments(
-            directory, loss_impl=KINDS[kind].loss_impl, report_to="none", packing=False
-        )
-        trainer = SoftPromptTrainer(model, args, examples(model, 1, kind))
-        model.activation_checkpointing_enable()
-        model.train()
-
-        def step(sequences: int) -> tuple[float, float]:
-            """Seconds, and MiB at the peak."""
-            inputs = trainer._prepare_inputs(
-                trainer.data_collator(examples(model, sequences, kind))
-            )
-
-            def work() -> None:
-                trainer.compute_loss(model, inputs).backward()
-
-            times: list[float] = []
-            peak = peak_mib(lambda: times.append(seconds(work)))
-            return times[0], peak
-
-        step(1)  # code and thread pools are not the step's
-        few, many = 2, 4
-        _, small = step(few)
-        time, large = step(many)
-        per_sequence = (large - small) / (many - few)
-        most = max(1, int((BUDGET_MIB - small) / per_sequence) + few)
-        _, peak = step(most)
-    return {
-        "T": many * ANSWER,
-        "seconds": time,
-        "peak_mib": large,
-        "mib_per_token": per_sequence / ANSWER,
-        "budget_mib": BUDGET_MIB,
-        "largest_T": most * ANSWER,
-        "largest_peak_mib": peak,
-    }
-
-
-def examples(model: SoftPromptModel, count: int, kind: str) -> list[TrainingExample]:
-    """Random tokens, and random states of a teacher."""
-    head = model.head
-    V, D = head.weight.shape
-    answers = [Answer(ids=torch.randint(V, (ANSWER,)).tolist()) for _ in range(count)]
-    states = [torch.randn(ANSWER, D, dtype=DTYPE) for _ in answers]
-    if KINDS[kind].stored:
-        keep_sketches(answers, [s.to(DEVICE) for s in states], head, SketchOptions())
-    else:
-        for answer, hidden in zip(answers, states, strict=True):
-            answer.hidden = hidden
-    ids = torch.randint(V, (QUERY,)).tolist()
-    query = Query(before=[], context=[], after=ids, plain=ids)
-    return [TrainingExample(query=query, answer=answer) for answer in answers]
