@@ -10,13 +10,11 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Callable
 from statistics import median
 from typing import Any, NamedTuple
 
 import torch
 from device import DEVICE, ON_GPU, Work, spread, synchronize
-from torch import Tensor
 
 # A timed block lasts at least this long: the launch of its first kernel is not what is measured.
 BLOCK_MILLISECONDS = 5.0
@@ -105,18 +103,6 @@ def capture(work: Work) -> Work | None:
     with torch.cuda.graph(graph):
         work()
     return graph.replay
-
-
-def peak_mib(work: Callable[[], Tensor]) -> float | None:
-    """What one call allocates at its peak, beyond what was there and the tensor that it returns."""
-    if not ON_GPU:
-        return None
-    synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    result = work()
-    synchronize()
-    return (torch.cuda.max_memory_allocated() - before - result.nbytes) / 2**20
 
 
 def poison_free_memory() -> None:

@@ -55,10 +55,8 @@ def refusal(shape: Shape, peer: str) -> str | None:
     if ON_GPU or PEERS[peer] is OURS:
         return None
     # logits of both models, their softmax and its gradient, fp32
-    needed, there = (
-        6 * 4 * shape.T * shape.V,
-        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-    )
+    needed = 6 * 4 * shape.T * shape.V
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > there:
         return f"would need {needed / 2**30:.0f} GiB of memory: {there / 2**30:.0f} are there"
     return None

@@ -17,18 +17,12 @@ from typing import Any
 import gpu_results
 import pictures
 import tables
+from problems import HEADS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PLAIN = "Trainer, PEFT, F.kl_div"
-HEADS = [
-    ("SmolLM2-135M", 576, 49152),
-    ("Qwen2.5-0.5B", 896, 151936),
-    ("Llama-3.2-1B", 2048, 128256),
-    ("Gemma-3-1B", 1152, 262144),
-    ("Llama-3-8B", 4096, 128256),
-]
 
 
 def read(name: str) -> dict[str, Any]:
@@ -161,7 +155,7 @@ def cache_table() -> str:
         "32 largest, the rest lost |",
         "|---|---:|---:|---:|---:|---:|",
     ]
-    for model, D, V in HEADS:
+    for model, (D, V) in HEADS.items():
         sizes = (4 * V, 2 * D, sketch_bytes(D, 128), sketch_bytes(D, 32), 8 * 32)
         cells = " | ".join(f"{size:,}" for size in sizes)
         lines.append(f"| {model} ({D} × {V}) | {cells} |")

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterable
 from math import log
 from typing import Any, NamedTuple
 
+from problems import MAIN
 from rich.table import Table as RichTable
 
 Row = dict[str, Any]
-OURS, MAIN = "softprompt_fast", ("NLL", "KL", "KL, stored teacher")
+OURS = "softprompt_fast"
 
 
 class Table(NamedTuple):

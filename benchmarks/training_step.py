@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from device import DEVICE, ON_GPU, peak_mib, seconds
-from problems import DTYPE
+from problems import DTYPE, HEADS
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from softprompt_fast import SoftPrompt, SoftPromptConfig, SoftPromptTrainer
@@ -19,39 +19,32 @@ from softprompt_fast.model import SoftPromptModel
 from softprompt_fast.prompting import Query
 
 P, QUERY, ANSWER = 16, 16, 96  # tokens of the soft prompt, of a query and of its answer
-TRIES = (
-    4  # guesses at the size that fills the budget, each from the line through the last two sizes
-)
+# Guesses at the size that fills the budget, each from the line through the last two sizes.
+TRIES = 4
 
-# What AutoConfig needs to make the published model, weights apart.
+# What AutoConfig needs to make the published model, its head and the weights apart.
 CONFIGS: dict[str, dict[str, Any]] = {
     "SmolLM2-135M": dict(
         model_type="llama",
-        hidden_size=576,
         intermediate_size=1536,
         num_hidden_layers=30,
         num_attention_heads=9,
         num_key_value_heads=3,
-        vocab_size=49152,
     ),
     "Qwen2.5-0.5B": dict(
         model_type="qwen2",
-        hidden_size=896,
         intermediate_size=4864,
         num_hidden_layers=24,
         num_attention_heads=14,
         num_key_value_heads=2,
-        vocab_size=151936,
     ),
     "Gemma-3-1B": dict(
         model_type="gemma3_text",
-        hidden_size=1152,
         intermediate_size=6912,
         num_hidden_layers=26,
         num_attention_heads=4,
         num_key_value_heads=1,
         head_dim=256,
-        vocab_size=262144,
     ),
 }
 BUDGET_MIB = 16384 if ON_GPU else 256
@@ -73,7 +66,10 @@ KINDS = {
 
 def measure_steps(name: str, kind: str) -> dict[str, Any]:
     """T counts answer tokens, in sequences of ANSWER."""
-    config = AutoConfig.for_model(**CONFIGS[name], tie_word_embeddings=True)
+    D, V = HEADS[name]
+    config = AutoConfig.for_model(
+        **CONFIGS[name], hidden_size=D, vocab_size=V, tie_word_embeddings=True
+    )
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(config, dtype=DTYPE).to(DEVICE)
     noise = SoftPromptConfig(num_virtual_tokens=P, prompt_tuning_init="random", placement="prefix")
@@ -104,14 +100,13 @@ def measure_steps(name: str, kind: str) -> dict[str, Any]:
         _, small = step(few)
         time, large = step(many)
         measured = {few: small, many: large}
-        (n0, mib0), (n1, mib1) = measured.items()
         for _ in range(TRIES):
+            (n0, mib0), (n1, mib1) = list(measured.items())[-2:]
             per_sequence = (mib1 - mib0) / (n1 - n0)
             guess = max(1, n1 + floor((BUDGET_MIB - mib1) / per_sequence))
             if guess in measured:
                 break
-            measured[guess] = step(guess)[1]
-            n0, mib0, n1, mib1 = n1, mib1, guess, measured[guess]
+            _, measured[guess] = step(guess)
         fitting = [sequences for sequences, mib in measured.items() if mib <= BUDGET_MIB]
         most = max(fitting, default=0)
     return {
