@@ -108,7 +108,7 @@ class Chunk {
     at.peak.clear(SEGMENTS * p.rows);
     std::fill_n(at.value, SEGMENTS * p.rows, 0.0f);
     std::fill_n(at.slope, SEGMENTS * p.rows, 0.0f);
-    if (p.dhidden) std::fill_n(at.dh, SEGMENTS * p.rows * round_up(p.heads[0].D, TILE), 0.0f);
+    if (p.dhidden) std::fill_n(at.dh, SEGMENTS * at.dh_stride(), 0.0f);
   }
 
   // Every block of the vocabulary with every panel: body(NV, segment, block, panel, scratch).
@@ -280,7 +280,7 @@ class Chunk {
   }
 
   int64_t gradient_offset(int64_t segment, int64_t panel) const {
-    return (segment * p.rows + panel * PANEL) * round_up(p.heads[0].D, TILE);
+    return segment * at.dh_stride() + panel * PANEL * round_up(p.heads[0].D, TILE);
   }
 
   float largest(const Softmax& sums, int64_t row) const {

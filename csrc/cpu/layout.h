@@ -24,11 +24,11 @@ class Layout {
     const int64_t n = p.rows;
     stored = at.take(p.stored * stored_stride());
     for (int s = 0; s < p.streams; s++) {
-      hidden[s] = at.take(n * p.heads[s].D);
+      hidden[s] = at.take(lanes() * p.heads[s].D);
       softmax[s] = {at.take(SEGMENTS * n), at.take(SEGMENTS * n), at.take(SEGMENTS * n)};
       z_target[s] = at.take(n);
     }
-    dh = at.take(p.dhidden ? SEGMENTS * n * round_up(p.heads[0].D, TILE) : 0);
+    dh = at.take(p.dhidden ? SEGMENTS * dh_stride() : 0);
     value = at.take(SEGMENTS * n), slope = at.take(SEGMENTS * n);
     dz_target = at.take(n), nll = at.take(n);
     peak = {at.take(SEGMENTS * n), at.take(SEGMENTS * n), at.take_int(SEGMENTS * n)};
@@ -40,8 +40,10 @@ class Layout {
     size = (scratch_base - base) + scratch_size * p.threads;
   }
 
-  // Kept logits of one stream: of the rows that there are, not of whole panels.
-  int64_t stored_stride() const { return round_up(std::min(p.rows, p.T), LANES) * p.V; }
+  // What is large is kept of the rows that there are, not of whole panels.
+  int64_t lanes() const { return round_up(std::min(p.rows, p.T), LANES); }
+  int64_t stored_stride() const { return lanes() * p.V; }                       // logits of one stream
+  int64_t dh_stride() const { return lanes() * round_up(p.heads[0].D, TILE); }  // gradient of one segment
 
   Scratch scratch(int thread, int64_t* taken = nullptr) const {
     Cursor at{scratch_base + scratch_size * thread};
