@@ -27,6 +27,18 @@ class Table(NamedTuple):
         lines = [self.columns, align, *self.rows]
         return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
+    def split(self, count: int) -> list[Table]:
+        """A table for each beginning of the rows, which is its title, so that it fits a screen."""
+        parts: dict[str, list[list[str]]] = {}
+        for cells in self.rows:
+            named = zip(self.columns[:count], cells[:count], strict=True)
+            title = ", ".join(f"{name}: {cell}" for name, cell in named)
+            parts.setdefault(title, []).append(cells[count:])
+        return [
+            Table(title, self.columns[count:], rows, self.texts - count)
+            for title, rows in parts.items()
+        ]
+
     def rich(self) -> RichTable:
         table = RichTable(title=self.title, title_justify="left")
         for position, name in enumerate(self.columns):
@@ -40,11 +52,11 @@ def head(row: Row) -> str:
     return f"{row['model']} ({row['D']} × {row['V']})"
 
 
-def loss_table(rows: Iterable[Row], title: str = "Forward and backward") -> Table:
+def loss_table(rows: Iterable[Row]) -> Table:
     columns = ["head", "T", "loss", "implementation", "ms", "± spread", "forward ms"]
     columns += ["passes", "of floor", "peak MiB", "gradient error"]
     return Table(
-        title,
+        "Forward and backward",
         columns,
         [
             [
@@ -196,11 +208,11 @@ def print_losses(rows: list[Row]) -> list[Any]:
     ]
     if lines := missing(rows):
         notes.append("Not measured here:\n" + "\n".join(f"- {line}" for line in lines))
-    return [loss_table(rows).rich(), *notes]
+    return [*(table.rich() for table in loss_table(rows).split(2)), *notes]
 
 
 PRINTED: dict[str, Callable[[list[Row]], list[Any]]] = {
     "losses": print_losses,
-    "growth": lambda rows: [growth_table(rows).rich()],
+    "growth": lambda rows: [table.rich() for table in growth_table(rows).split(1)],
     "training_steps": lambda rows: [step_table(rows).rich()],
 }

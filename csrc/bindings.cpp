@@ -59,6 +59,7 @@ const void* data_of(const Tensor& t, at::ScalarType dtype, at::IntArrayRef shape
 }
 
 int64_t panel_rows() { return engine().panel_rows; }
+int64_t vector_rows() { return engine().vector_rows; }
 
 // The size of the workspace for T tokens in chunks of `rows`. teacher_width 0: no teacher.
 int64_t workspace_floats(int64_t tokens, int64_t rows, int64_t width, int64_t teacher_width, int64_t vocabulary, int64_t stored,
@@ -111,8 +112,8 @@ void token_loss_(const Tensor& hidden, const Tensor& weight, const std::optional
     data_of(dhidden, at::kFloat, {p.T, p.heads[0].D}, "dhidden");
     p.dhidden = dhidden.mutable_data_ptr<float>();
   }
-  TORCH_CHECK(rows > 0 && rows % engine().panel_rows == 0, "softprompt_fast_C: rows must be a multiple of ",
-              engine().panel_rows, ": got ", rows);
+  TORCH_CHECK(rows > 0 && rows % engine().vector_rows == 0, "softprompt_fast_C: rows must be a multiple of ",
+              engine().vector_rows, ": got ", rows);
   TORCH_CHECK(threads > 0, "softprompt_fast_C: threads must be above 0: got ", threads);
   TORCH_CHECK(workspace.is_contiguous() && workspace.scalar_type() == at::kFloat &&
                   workspace.numel() >= engine().workspace_floats(p),
@@ -123,6 +124,7 @@ void token_loss_(const Tensor& hidden, const Tensor& weight, const std::optional
 
 TORCH_LIBRARY(softprompt_fast_C, m) {
   m.def("panel_rows() -> int", &panel_rows);
+  m.def("vector_rows() -> int", &vector_rows);
   m.def(
       "workspace_floats(int tokens, int rows, int width, int teacher_width, int vocabulary, int stored, bool with_grad, "
       "bool converted, int threads) -> int",

@@ -2,12 +2,12 @@
 
 The compiled engine never forms [T, V]: it computes tiles of logits that stay in the core's cache.
 One stream of logits takes one sweep of the head and keeps nothing. Two take several, between which
-the logits of some rows are kept, or computed again where the workspace has no room for them.
+the logits of a chunk of rows are kept, or those of some blocks; the others are computed again.
 """
 
 from __future__ import annotations
 
-from itertools import product
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -16,13 +16,16 @@ from torch import Tensor
 from . import checks
 from .problem import Problem
 
-# Rows in a chunk. Each chunk streams the head from memory once a sweep: enough rows to hide that,
-# few enough that what is kept of them takes little room. A panel of rows is work for 8 threads;
-# with work for twice as many, few of them wait.
-MAX_ROWS = 192
+# A panel of rows is work for so many threads; with work for twice as many, few of them wait.
 THREADS_PER_PANEL = 8
-# What may be kept of the logits: this, or what those of one stream [T, V] take if it is more.
-KEPT_MIB = 24
+MAX_ROWS = 192  # of a chunk, where that is not too few
+# Of 16 blocks of the vocabulary, so many keep their logits between two sweeps.
+ALL_STORED = 16
+# Each chunk streams the head from memory once a sweep. That takes as long as so many rows more
+# would, for each thread: the threads share the memory.
+ROWS_OF_A_HEAD = 2
+# The workspace where more would only be faster: for each thread, and for two at least.
+COMFORT_MIB = 16
 
 
 def token_loss(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -66,36 +69,53 @@ class Plan(NamedTuple):
     """How the workspace is spent."""
 
     rows: int  # in a chunk
-    stored: int  # streams whose logits are kept between the sweeps
+    stored: int  # of 16 blocks of the vocabulary, so many keep their logits between the sweeps
     threads: int
     floats: int  # size of the workspace in fp32 numbers
 
 
 def plan(problem: Problem) -> Plan:
-    """The fastest way that fits: keep the logits, then compute some again, then fewer threads.
+    """The fastest within the comfort; if that does not hold the fewest rows, those.
 
-    Half of the workspace is for comfort; the whole of it saves computing again.
+    The comfort grows neither with the tokens nor with the vocabulary, so that memory does not
+    either. Beyond two threads' it is no more than one stream of logits [T, V] would take.
     """
-    panel = torch.ops.softprompt_fast_C.panel_rows()
-    tokens, vocabulary = max(1, problem.hidden.shape[0]), problem.weight.shape[0]
-    needed = -(-tokens // panel)
-    several = problem.teacher is not None or (problem.with_grad and problem.label_smoothing)
-    streams = len(problem.heads) if several else 0  # of more sweeps than one
-    whole, kept = problem.workspace_mib * 2**18, max(KEPT_MIB * 2**18, tokens * vocabulary)
+    engine = torch.ops.softprompt_fast_C
+    panel, vector = engine.panel_rows(), engine.vector_rows()
+    tokens, vocabulary = problem.hidden.shape[0], problem.weight.shape[0]
+    needed = max(1, -(-tokens // vector)) * vector
+    whole, share, logits = problem.workspace_mib * 2**18, COMFORT_MIB * 2**18, tokens * vocabulary
     threads = torch.get_num_threads()
-    most = min(needed, max(MAX_ROWS // panel, -(-2 * threads // THREADS_PER_PANEL)))
     while True:
-        busy = min(needed, -(-threads // THREADS_PER_PANEL))  # panels that give all threads work
-        choices = product((busy, 1), range(streams, -1, -1), (whole / 2, whole))
-        for fewest, stored, limit in choices:
-            for panels in range(most, fewest - 1, -1):
-                floats = _workspace_floats(problem, panels * panel, stored, threads)
-                rows = min(panels * panel, tokens)
-                if floats <= limit and stored * rows * vocabulary <= kept:
-                    return Plan(panels * panel, stored, threads, floats)
+        comfort = min(whole, max(whole / 8, 2 * share, min(threads * share, logits)))
+        busy = -(-threads // THREADS_PER_PANEL)  # panels that give all threads work
+        most = max(MAX_ROWS, -(-2 * threads // THREADS_PER_PANEL) * panel)
+        for fewest in ((busy - 1) * panel + vector, vector):
+            choices = range(min(fewest, needed), min(most, needed) + 1, vector)
+            least = _workspace_floats(problem, choices[0], 0, threads)
+            if least <= whole:
+                plans = (_within(problem, max(comfort, least), rows, threads) for rows in choices)
+                return min(filter(None, plans), key=partial(_cost, problem))
         if threads == 1:
-            checks.workspace(4 * floats, problem.workspace_mib, f"a panel of {panel} rows")
+            checks.workspace(4 * least, problem.workspace_mib, f"a chunk of {fewest} rows")
         threads = -(-threads // 2)
+
+
+def _within(problem: Problem, limit: float, rows: int, threads: int) -> Plan | None:
+    """The plan with most stored."""
+    several_sweeps = problem.teacher is not None or (problem.with_grad and problem.label_smoothing)
+    for stored in range(ALL_STORED if several_sweeps else 0, -1, -1):
+        floats = _workspace_floats(problem, rows, stored, threads)
+        if floats <= limit:
+            return Plan(rows, stored, threads, floats)
+    return None
+
+
+def _cost(problem: Problem, plan: Plan) -> float:
+    """The time, in products of one token with a head."""
+    tokens, streams = problem.hidden.shape[0], len(problem.heads)
+    products = 1 + streams * (2 - plan.stored / ALL_STORED)
+    return products * (tokens + ROWS_OF_A_HEAD * plan.threads * -(-tokens // plan.rows))
 
 
 def _workspace_floats(problem: Problem, rows: int, stored: int, threads: int) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
+from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,6 +30,8 @@ from contract import (
     oracle,
     run,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import softprompt_fast as spf
@@ -93,42 +97,54 @@ def test_a_small_workspace(backend, loss, dtype):
 
 
 def test_what_the_engine_keeps_between_its_sweeps_changes_no_bit(monkeypatch):
-    """The logits of both streams, of one or of none: those that are computed again are the same."""
-    original, kept, results = cpp.plan, [], []
+    """All logits, some or none, of many rows or of few: those that are computed again are equal."""
+    original = cpp.plan
+    vector = torch.ops.softprompt_fast_C.vector_rows()
 
-    def spy(problem):
-        kept.append(original(problem).stored)
-        return original(problem)
+    def forced(rows, stored):
+        def plan(problem):
+            floats = cpp._workspace_floats(problem, rows, stored, threads=2)
+            return cpp.Plan(rows, stored, 2, floats)
 
-    monkeypatch.setattr(cpp, "plan", spy)
-    case = make_case("linear_distill", shape=(47,), width=24, vocabulary=20011, beta=0.3)
-    for workspace_mib in (16, 6, 3):
-        results.append(run(case, backend="cpp", workspace_mib=workspace_mib))
-    assert kept == [2, 1, 0]
-    for loss, gradient in results[1:]:
-        assert torch.equal(loss, results[0][0])
-        assert torch.equal(gradient, results[0][1])
-
-
-@pytest.mark.parametrize(
-    ("tokens", "vocabulary"), [(7, 300), (16, 262144), (32, 262144), (64, 49152), (999, 151936)]
-)
-def test_the_engine_keeps_no_more_logits_than_one_stream_has(monkeypatch, tokens, vocabulary):
-    """Or 24 MiB, if that is more: KL of few tokens takes no more than materialised logits would."""
-    asked = []
-
-    def spy(problem):
-        plan = original(problem)
-        without = cpp._workspace_floats(problem, plan.rows, 0, plan.threads)
-        asked.append(plan.floats - without)
         return plan
 
-    original = cpp.plan
-    monkeypatch.setattr(cpp, "plan", spy)
-    hidden = torch.zeros(tokens, 4, requires_grad=True)
-    spf.linear_kl(hidden, torch.zeros(vocabulary, 4), torch.zeros(tokens, 4), backend="cpp")
-    whole_lanes = -(-tokens // 16) * 16
-    assert 0 < 4 * asked[0] <= max(24 * 2**20, 4 * whole_lanes * vocabulary)
+    for arguments in ({"beta": 0.3}, {"beta": 0.0}, {"label_smoothing": 0.1, "alpha": 0.4}):
+        case = make_case("linear_distill", shape=(47,), width=24, vocabulary=20011, **arguments)
+        monkeypatch.setattr(cpp, "plan", original)
+        expected = run(case, backend="cpp")
+        for rows, stored in product((vector, 2 * vector, 4 * vector), (0, 1, 7, 15, 16)):
+            monkeypatch.setattr(cpp, "plan", forced(rows, stored))
+            for result, same in zip(run(case, backend="cpp"), expected, strict=True):
+                assert torch.equal(result, same), (arguments, rows, stored)
+
+
+@settings(max_examples=200)
+@given(
+    tokens=st.integers(1, 20000),
+    vocabulary=st.integers(1, 300_000),
+    width=st.integers(1, 4096),
+    threads=st.integers(1, 64),
+    workspace_mib=st.integers(8, 1024),
+)
+def test_the_engine_keeps_to_its_comfort(tokens, vocabulary, width, threads, workspace_mib):
+    """32 MiB, or 16 a thread up to what logits [T, V] take, or an eighth of a larger workspace."""
+    hidden = torch.empty(tokens, width, device="meta")
+    problem = SimpleNamespace(
+        hidden=hidden,
+        weight=torch.empty(vocabulary, width, device="meta"),
+        teacher=hidden,
+        heads=(None, None),
+        with_grad=True,
+        label_smoothing=0.0,
+        workspace_mib=workspace_mib,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "get_num_threads", lambda: threads)
+        plan = cpp.plan(problem)
+    assert 4 * plan.floats <= workspace_mib * 2**20
+    logits_mib = 4 * tokens * vocabulary / 2**20
+    comfort_mib = max(32, min(16 * plan.threads, logits_mib), workspace_mib / 8)
+    assert plan.stored == 0 or 4 * plan.floats <= comfort_mib * 2**20
 
 
 @each_backend

@@ -9,7 +9,7 @@
 // where max is the row's largest logit so far; when it rises, what was added shrinks. Nothing is kept. With a
 // teacher beside it q - p must be taken before it is rounded, and so both sums be known first:
 //
-//   sweep 1   tiles of logits -> running max and sum of every row           (kept, of `stored` streams)
+//   sweep 1   tiles of logits -> running max and sum of every row           (kept, of some blocks)
 //   sweep 2   tiles of logits -> sums of value and slope                    (divergences that need them)
 //   sweep 3   tiles of logits -> tile of dz -> added to the gradient, before the tile leaves the cache
 //
@@ -162,13 +162,14 @@ class Chunk {
   }
 
   float* stored_tile(int s, int64_t lanes, const Block& block, int64_t panel) const {
-    return at.stored + s * at.stored_stride() + panel * PANEL * p.V + block.first * lanes;
+    float* of_panel = at.stored + s * at.stored_stride() + panel * PANEL * at.stored_entries();
+    return of_panel + at.stored_before(block.first) * lanes;
   }
 
   // The tile's logits in a later sweep: kept from the first, or computed once more.
   template <int NV>
   const float* again(int s, Block& block, int64_t panel, const Layout::Scratch& scratch) const {
-    if (s < p.stored) return stored_tile(s, NV * LANES, block, panel);
+    if (at.is_stored(block.first)) return stored_tile(s, NV * LANES, block, panel);
     logits<NV>(s, block, panel, scratch.z[s]);
     return scratch.z[s];
   }
@@ -217,7 +218,7 @@ class Chunk {
     const int64_t first = segment * p.rows + panel * PANEL;
     float* z[2] = {};
     for (int s = 0; s < p.streams; s++) {
-      z[s] = s < p.stored ? stored_tile(s, NV * LANES, block, panel) : scratch.z[s];
+      z[s] = at.is_stored(block.first) ? stored_tile(s, NV * LANES, block, panel) : scratch.z[s];
       logits<NV>(s, block, panel, z[s]);
     }
     // forward KL needs it only where balance_slopes does
@@ -334,7 +335,7 @@ class Chunk {
       rest[entry.row] += entry.mass;
       more[entry.row] -= entry.mass * (double(entry.z) - at.z_target[0][entry.row]);
     });
-    for (int64_t row = 0; row < panels * PANEL; row++) {
+    for (int64_t row = 0; row < round_up(count, LANES); row++) {
       for (int s = 0; s < p.streams; s++) {
         double lse = logsumexp(at.softmax[s], row);
         float top = largest(at.softmax[s], row);
@@ -445,6 +446,6 @@ static int64_t workspace_floats(const TokenLoss& p) {
 
 static void run(const TokenLoss& p, ParallelFor parallel) {
   const Layout layout(p, p.workspace);
-  expect_to_fill(layout.stored, p.stored * layout.stored_stride() * sizeof(float));
+  expect_to_fill(layout.stored, p.streams * layout.stored_stride() * sizeof(float));
   for (int64_t start = 0; start < p.T; start += p.rows) Chunk(p, layout, parallel, start).run();
 }

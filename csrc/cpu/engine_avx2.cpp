@@ -22,7 +22,7 @@ namespace softprompt_fast::avx2 {
 }  // namespace softprompt_fast::avx2
 
 namespace softprompt_fast {
-const Engine avx2_engine{"avx2", avx2::PANEL, avx2::workspace_floats, avx2::run};
+const Engine avx2_engine{"avx2", avx2::PANEL, avx2::LANES, avx2::workspace_floats, avx2::run};
 }  // namespace softprompt_fast
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -22,7 +22,7 @@ namespace softprompt_fast::avx512 {
 }  // namespace softprompt_fast::avx512
 
 namespace softprompt_fast {
-const Engine avx512_engine{"avx512", avx512::PANEL, avx512::workspace_floats, avx512::run};
+const Engine avx512_engine{"avx512", avx512::PANEL, avx512::LANES, avx512::workspace_floats, avx512::run};
 }  // namespace softprompt_fast
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -3,6 +3,7 @@
 // Legend: D hidden width, V vocabulary, SEGMENTS parts of the vocabulary with sums of their own.
 
 constexpr int64_t SEGMENTS = 8;
+constexpr int64_t PERIOD = 16;
 
 SPF_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -22,7 +23,7 @@ class Layout {
   Layout(const TokenLoss& p, float* base) : p(p) {
     Cursor at{base};
     const int64_t n = p.rows;
-    stored = at.take(p.stored * stored_stride());
+    stored = at.take(p.streams * stored_stride());
     for (int s = 0; s < p.streams; s++) {
       hidden[s] = at.take(lanes() * p.heads[s].D);
       softmax[s] = {at.take(SEGMENTS * n), at.take(SEGMENTS * n), at.take(SEGMENTS * n)};
@@ -42,8 +43,16 @@ class Layout {
 
   // What is large is kept of the rows that there are, not of whole panels.
   int64_t lanes() const { return round_up(std::min(p.rows, p.T), LANES); }
-  int64_t stored_stride() const { return lanes() * p.V; }                       // logits of one stream
+  int64_t stored_stride() const { return lanes() * stored_entries(); }          // logits of one stream
   int64_t dh_stride() const { return lanes() * round_up(p.heads[0].D, TILE); }  // gradient of one segment
+
+  // Logits are kept of the first `stored` of every PERIOD blocks of the vocabulary: every segment has its share.
+  bool is_stored(int64_t v) const { return v / BLOCK % PERIOD < p.stored; }
+  int64_t stored_entries() const { return stored_before(round_up(p.V, BLOCK)); }
+  int64_t stored_before(int64_t v) const {  // v begins a block
+    const int64_t block = v / BLOCK;
+    return (block / PERIOD * p.stored + std::min<int64_t>(block % PERIOD, p.stored)) * BLOCK;
+  }
 
   Scratch scratch(int thread, int64_t* taken = nullptr) const {
     Cursor at{scratch_base + scratch_size * thread};

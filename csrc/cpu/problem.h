@@ -35,8 +35,8 @@ struct TokenLoss {
   float softcap;      // 0: none
   float logit_scale;
   float temperature;
-  int64_t rows;       // rows in a chunk, a multiple of the panel
-  int stored;         // streams whose logits are kept between the sweeps
+  int64_t rows;       // rows in a chunk, whole vectors of them
+  int stored;         // of 16 blocks of the vocabulary, so many keep their logits between the sweeps
   int threads;        // as many work, each in scratch of its own
   float* loss;        // [T]
   float* dhidden;     // [T, D] or null
@@ -53,7 +53,7 @@ void expect_to_fill(void* first, int64_t bytes);
 // What one instruction set offers.
 struct Engine {
   const char* name;
-  int panel_rows;
+  int panel_rows, vector_rows;  // rows of a tile at most, and at least
   int64_t (*workspace_floats)(const TokenLoss&);
   void (*run)(const TokenLoss&, ParallelFor);
 };
