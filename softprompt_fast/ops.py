@@ -150,20 +150,21 @@ def _take_tail_off(
     The loss may be the small difference of large numbers, which is rounded only once.
     """
     scale = alpha * problem.transform.logit_scale / problem.transform.temperature
-    step = max(1, int(problem.workspace_mib * 2**20 / (16 * max(1, moment.shape[1]))))
+    # a part of the workspace: smaller on a CPU, which does not wait for launches
+    step_mib = problem.workspace_mib / (64 if moment.is_cpu else 8)
+    step = max(1, int(step_mib * 2**20 / (8 * max(1, moment.shape[1]))))
     for start in range(0, len(loss), step):
         rows = slice(start, start + step)
-        known = scale * (problem.hidden[rows].double() * moment[rows]).sum(-1)
+        tail = moment[rows]
+        known = scale * problem.hidden[rows].double().mul_(tail).sum(-1)
         known += alpha * constant[rows]
-        scaled = scale * moment[rows] if problem.with_grad else None
         if problem.keep is not None:
             # what is ignored may hold anything
             known = torch.where(problem.keep[rows], known, 0.0)
-            if scaled is not None:
-                scaled = torch.where(problem.keep[rows].unsqueeze(-1), scaled, 0.0)
+            tail = torch.where(problem.keep[rows].unsqueeze(-1), tail, 0.0)
         loss[rows] = (loss[rows] - known).float()
-        if scaled is not None:
-            dhidden[rows] -= scaled
+        if problem.with_grad:
+            dhidden[rows].sub_(tail, alpha=scale)
 
 
 def _scatter(rows: Tensor, keep: Tensor) -> Tensor:
