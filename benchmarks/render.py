@@ -99,6 +99,11 @@ def machine_line() -> str:
     )
 
 
+def bench_line() -> str:
+    minutes = read("cpu.json")["seconds"] / 60
+    return f"With everything installed it took {minutes:.0f} minutes on the machine named below."
+
+
 def gpu_tables() -> str:
     """What ``make gpu`` measured, a GPU after the other; nothing where it has not run."""
     parts = []
@@ -177,6 +182,7 @@ def sketch_bytes(D: int, k: int) -> int:
 TABLES: dict[str, Callable[[], str]] = {
     "faithfulness": faithfulness_table,
     "cpu": cpu_table,
+    "bench": bench_line,
     "losses": all_losses_table,
     "growth": growth_table,
     "steps": lambda: tables.step_table(read("cpu.json")["training_steps"]).markdown(),

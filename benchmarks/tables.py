@@ -177,10 +177,9 @@ def grouped(rows: Iterable[Row], *names: str) -> dict[tuple, list[Row]]:
 
 def step_table(rows: list[Row]) -> Table:
     columns = ["model", "the step's KL", "T", "seconds", "peak MiB", "MiB per 1000 tokens"]
-    columns += ["largest T in the budget", "peak MiB there"]
-    budget = rows[0]["budget_mib"]
+    columns += [f"largest T in {rows[0]['budget_mib']} MiB", "peak MiB there"]
     return Table(
-        f"A whole training step, random weights; budget {budget} MiB beyond the model",
+        "A whole training step of a model with random weights",
         columns,
         [
             [

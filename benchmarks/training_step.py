@@ -47,7 +47,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         head_dim=256,
     ),
 }
-BUDGET_MIB = 16384 if ON_GPU else 256
+BUDGET_MIB = 16384 if ON_GPU else 192
 
 
 class Kind(NamedTuple):
