@@ -123,3 +123,12 @@ def test_the_missing_are_listed_once_with_every_loss():
 def test_the_exponent_is_that_of_a_power_law(power):
     points = [(x, 3 * x**power) for x in (64, 256, 1024)]
     assert tables.exponent(points) == pytest.approx(power, abs=1e-9)
+
+
+def test_a_table_that_is_split_for_a_screen_loses_no_row():
+    rows = [[head, T, loss, "1"] for head in "ab" for T in "12" for loss in ("NLL", "KL")]
+    table = tables.Table("all", ["head", "T", "loss", "ms"], rows, texts=3)
+    parts = table.split(2)
+    assert [part.title for part in parts] == [f"head: {h}, T: {T}" for h in "ab" for T in "12"]
+    assert [cells for part in parts for cells in part.rows] == [cells[2:] for cells in rows]
+    assert {(*part.columns, part.texts) for part in parts} == {("loss", "ms", 1)}
