@@ -19,10 +19,10 @@ from .problem import Problem
 # A panel of rows is work for so many threads; with work for twice as many, few of them wait.
 THREADS_PER_PANEL = 8
 MAX_ROWS = 192  # of a chunk, where that is not too few
-# Of 16 blocks of the vocabulary, so many keep their logits between two sweeps.
+# All logits are kept between two sweeps: PERIOD in csrc/cpu/layout.h.
 ALL_STORED = 16
 # Each chunk streams the head from memory once a sweep. That takes as long as so many rows more
-# would, for each thread: the threads share the memory.
+# would, for each thread: the threads share the memory. Fitted to two threads.
 ROWS_OF_A_HEAD = 2
 # The workspace where more would only be faster: for each thread, and for two at least.
 COMFORT_MIB = 16
