@@ -114,7 +114,7 @@ void token_loss_(const Tensor& hidden, const Tensor& weight, const std::optional
   }
   TORCH_CHECK(rows > 0 && rows % engine().vector_rows == 0, "softprompt_fast_C: rows must be a multiple of ",
               engine().vector_rows, ": got ", rows);
-  TORCH_CHECK(stored >= 0 && stored <= 16, "softprompt_fast_C: stored must be in [0, 16]: got ", stored);
+  TORCH_CHECK(stored >= 0 && stored <= PERIOD, "softprompt_fast_C: stored must be in [0, ", PERIOD, "]: got ", stored);
   TORCH_CHECK(threads > 0, "softprompt_fast_C: threads must be above 0: got ", threads);
   TORCH_CHECK(workspace.is_contiguous() && workspace.scalar_type() == at::kFloat &&
                   workspace.numel() >= engine().workspace_floats(p),

@@ -19,7 +19,7 @@ from .problem import Problem
 # A panel of rows is work for so many threads; with work for twice as many, few of them wait.
 THREADS_PER_PANEL = 8
 MAX_ROWS = 192  # of a chunk, where that is not too few
-# All logits are kept between two sweeps: PERIOD in csrc/cpu/layout.h.
+# All logits are kept between two sweeps: PERIOD in csrc/cpu/problem.h.
 ALL_STORED = 16
 # Each chunk streams the head from memory once a sweep. That takes as long as so many rows more
 # would, for each thread: the threads share the memory. Fitted to two threads.

@@ -1,8 +1,8 @@
 """Beyond its inputs and outputs a loss allocates no more than ``workspace_mib``.
 
 Measured as resident memory of a fresh process, for that is what a user runs out of: this file is
-also the program of that process. Its high-water mark can only rise:
-what may take least comes first.
+also the program of that process. Its high-water mark can only rise, so what may take least comes
+first.
 """
 
 from __future__ import annotations

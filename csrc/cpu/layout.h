@@ -3,7 +3,6 @@
 // Legend: D hidden width, V vocabulary, SEGMENTS parts of the vocabulary with sums of their own.
 
 constexpr int64_t SEGMENTS = 8;
-constexpr int64_t PERIOD = 16;
 
 SPF_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 

@@ -18,6 +18,8 @@ struct Head {
   int64_t D;
 };
 
+constexpr int PERIOD = 16;
+
 struct TokenLoss {
   Head heads[2];  // student, teacher
   int streams;    // 1: student only, 2: both
@@ -36,7 +38,7 @@ struct TokenLoss {
   float logit_scale;
   float temperature;
   int64_t rows;       // rows in a chunk, whole vectors of them
-  int stored;         // of 16 blocks of the vocabulary, so many keep their logits between the sweeps
+  int stored;         // of PERIOD blocks of the vocabulary, so many keep their logits between the sweeps
   int threads;        // as many work, each in scratch of its own
   float* loss;        // [T]
   float* dhidden;     // [T, D] or null
