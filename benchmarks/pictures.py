@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ def growth(rows: list[Row]) -> Figure:
     figure, panels = plt.subplots(2, 2, figsize=(11, 6.4), sharex="col")
     for column, axis in enumerate(("T", "V")):
         here = [row for row in rows if row["axis"] == axis]
-        for (loss, name), group in grouped(here, "loss", "implementation").items():
+        for (loss, name), group in grouped(here, itemgetter("loss", "implementation")).items():
             group = sorted(group, key=lambda row: row[axis])
             sizes = [row[axis] for row in group]
             style = {

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from math import log
-from typing import Any, NamedTuple
+from operator import itemgetter
+from typing import Any, NamedTuple, TypeVar
 
 from problems import MAIN
 from rich.table import Table as RichTable
 
 Row = dict[str, Any]
+Item = TypeVar("Item")
 OURS = "softprompt_fast"
 
 
@@ -29,15 +31,13 @@ class Table(NamedTuple):
 
     def split(self, count: int) -> list[Table]:
         """A table for each beginning of the rows, which is its title, so that it fits a screen."""
-        parts: dict[str, list[list[str]]] = {}
-        for cells in self.rows:
-            named = zip(self.columns[:count], cells[:count], strict=True)
+        parts = []
+        for own, rows in grouped(self.rows, lambda cells: tuple(cells[:count])).items():
+            named = zip(self.columns[:count], own, strict=True)
             title = ", ".join(f"{name}: {cell}" for name, cell in named)
-            parts.setdefault(title, []).append(cells[count:])
-        return [
-            Table(title, self.columns[count:], rows, self.texts - count)
-            for title, rows in parts.items()
-        ]
+            others = [cells[count:] for cells in rows]
+            parts.append(Table(title, self.columns[count:], others, self.texts - count))
+        return parts
 
     def rich(self) -> RichTable:
         table = RichTable(title=self.title, title_justify="left")
@@ -95,10 +95,8 @@ def missing(rows: Iterable[Row]) -> list[str]:
 
 def verdict(rows: Iterable[Row]) -> list[str]:
     """Where ours is not the fastest or not the smallest; nothing if it is both everywhere."""
-    found: dict[tuple, list[Row]] = {}
-    for row in measured(rows):
-        if row["loss"] in MAIN:
-            found.setdefault((head(row), row["T"], row["loss"]), []).append(row)
+    judged = [row for row in measured(rows) if row["loss"] in MAIN]
+    found = grouped(judged, lambda row: (head(row), row["T"], row["loss"]))
     lines = []
     for (where, T, loss), group in found.items():
         ours = next((row for row in group if row["implementation"] == OURS), None)
@@ -142,7 +140,8 @@ def slope(points: list[tuple[float, float]]) -> float:
 
 def growth_table(rows: list[Row]) -> Table:
     lines = []
-    for (axis, loss, name), group in grouped(rows, "axis", "loss", "implementation").items():
+    of_a_line = itemgetter("axis", "loss", "implementation")
+    for (axis, loss, name), group in grouped(rows, of_a_line).items():
         group = sorted(group, key=lambda row: row[axis])
         first, last = group[0], group[-1]
         fixed = (
@@ -168,10 +167,10 @@ def growth_table(rows: list[Row]) -> Table:
     return Table("Growth", columns, lines, texts=3)
 
 
-def grouped(rows: Iterable[Row], *names: str) -> dict[tuple, list[Row]]:
-    groups: dict[tuple, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[name] for name in names), []).append(row)
+def grouped(items: Iterable[Item], key: Callable[[Item], tuple]) -> dict[tuple, list[Item]]:
+    groups: dict[tuple, list[Item]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
     return groups
 
 
@@ -198,6 +197,10 @@ def step_table(rows: list[Row]) -> Table:
     )
 
 
+def on_screen(table: Table, count: int) -> list[Any]:
+    return ["", table.title, *(part.rich() for part in table.split(count))]
+
+
 def print_losses(rows: list[Row]) -> list[Any]:
     notes = [
         "A pass is one bare product with the head, timed in the same run; of floor: time against "
@@ -207,11 +210,11 @@ def print_losses(rows: list[Row]) -> list[Any]:
     ]
     if lines := missing(rows):
         notes.append("Not measured here:\n" + "\n".join(f"- {line}" for line in lines))
-    return [*(table.rich() for table in loss_table(rows).split(2)), *notes]
+    return [*on_screen(loss_table(rows), 2), *notes]
 
 
 PRINTED: dict[str, Callable[[list[Row]], list[Any]]] = {
     "losses": print_losses,
-    "growth": lambda rows: [table.rich() for table in growth_table(rows).split(1)],
+    "growth": lambda rows: on_screen(growth_table(rows), 1),
     "training_steps": lambda rows: [step_table(rows).rich()],
 }
