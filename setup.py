@@ -110,6 +110,6 @@ def extensions() -> list:
 setup(
     ext_modules=extensions(),
     cmdclass={"build_ext": Build},
-    packages=["softprompt_fast", "softprompt_fast.kernels"],
+    packages=["softprompt_fast", "softprompt_fast.commands", "softprompt_fast.kernels"],
     package_dir={"softprompt_fast.kernels": "kernels"},
 )

@@ -1,4 +1,4 @@
-"""``softprompt-fast train | eval | generate``: one command in, one exit code out.
+"""``softprompt-fast COMMAND``: one command in, one exit code out.
 
 0 done · 1 could not be done, with one message · 2 wrong usage · 130, 143 stopped by a signal
 """
@@ -13,16 +13,18 @@ from typing import Any
 from .console import closest, complain
 from .errors import UsageError, is_out_of_memory
 
-USAGE = """usage: softprompt-fast COMMAND [--flags] [--config FILE.yaml]
+COMMANDS = {
+    "train": "learn a soft prompt that replaces a context",
+    "eval": "compare it with the context, on held-out queries",
+    "generate": 'answer a question with it: softprompt-fast generate --prompt_dir DIR "QUESTION"',
+}
+SUMMARIES = "".join(f"  {name:<11}{summary}\n" for name, summary in COMMANDS.items())
+USAGE = f"""usage: softprompt-fast COMMAND [--flags] [--config FILE.yaml]
 
-  train     learn a soft prompt that replaces a context
-  eval      compare it with the context, on held-out queries
-  generate  answer a question with it: softprompt-fast generate --prompt_dir DIR "QUESTION"
-
+{SUMMARIES}
 softprompt-fast COMMAND --help lists the flags. A config file holds the same names as the flags,
 one "name: value" a line; flags win over it, and its relative paths start at its own directory.
 """
-COMMANDS = ("train", "eval", "generate")
 
 # What takes memory, largest lever first.
 MEMORY_OPTIONS = (

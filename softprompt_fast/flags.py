@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from importlib import import_module
 from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
 from .arguments import SoftPromptTrainingArguments
-from .commands import EvalOptions, PromptOptions, answer_question, evaluate_prompt
+from .commands import Command, Invocation
 from .config_file import PATH_OPTIONS, config_arguments
 from .console import closest
 from .errors import UsageError
 from .signals import StopOnSignal
-from .soft_prompt import SoftPromptConfig
-from .train import TrainOptions, train
 
 TEXT_OPTIONS = ("question", "prompt_tuning_init_text")
 
@@ -32,40 +31,24 @@ def run_command(name: str, arguments: list[str], given: dict[str, Any]) -> int:
     stop = StopOnSignal()
     stop.install()
     try:
-        if name == "train":
-            return _train(arguments, given, stop)
-        return _eval(arguments, given) if name == "eval" else _generate(arguments, given)
+        command = import_module(f".commands.{name}", __package__).COMMAND
+        parser = _parser(name, command)
+        values, typed = _parse(parser, arguments, given)
+        argument = values.pop(command.argument.name) if command.argument else None
+        if SoftPromptTrainingArguments in command.options:
+            _finish_training_arguments(values)
+        options = _build(parser, values)
+        changed = {n: values[n] for n in sorted(typed) if values[n] != parser.get_default(n)}
+        return command.run(*options, Invocation(changed=changed, argument=argument, stop=stop))
     finally:
         stop.uninstall()
 
 
-def _train(arguments: list[str], given: dict[str, Any], stop: StopOnSignal) -> int:
-    types = (TrainOptions, SoftPromptConfig, SoftPromptTrainingArguments)
-    parser = _parser("train", types, "Learn a soft prompt that replaces a context.")
-    values, typed = _parse(parser, arguments, given)
+def _finish_training_arguments(values: dict[str, Any]) -> None:
     if not values["output_dir"]:
         raise UsageError("the following arguments are required: --output_dir")
     # Left open, it would follow the verbosity, which is low here for the sake of a clean screen.
     values["disable_tqdm"] = bool(values["disable_tqdm"])
-    options, config, args = _build(parser, values)
-    changed = {n: values[n] for n in sorted(typed) if values[n] != parser.get_default(n)}
-    return train(options, config, args, given=changed, stop=stop)
-
-
-def _eval(arguments: list[str], given: dict[str, Any]) -> int:
-    parser = _parser("eval", (EvalOptions,), "Compare a soft prompt with the context it replaces.")
-    (options,) = _build(parser, _parse(parser, arguments, given)[0])
-    return evaluate_prompt(options)
-
-
-def _generate(arguments: list[str], given: dict[str, Any]) -> int:
-    parser = _parser("generate", (PromptOptions,), "Answer a question with a soft prompt.")
-    parser.usage = f'{parser.usage} ["QUESTION"]'
-    parser.add_argument("question", nargs="?", help="without it, the question is read from stdin")
-    values, _ = _parse(parser, arguments, given)
-    question = values.pop("question")
-    (options,) = _build(parser, values)
-    return answer_question(options, question)
 
 
 class Parser(HfArgumentParser):
@@ -73,15 +56,21 @@ class Parser(HfArgumentParser):
         raise UsageError(f"{message}. See {self.prog} --help")
 
 
-def _parser(command: str, types: tuple[Any, ...], description: str) -> Parser:
+def _parser(name: str, command: Command) -> Parser:
     parser = Parser(
-        types,
-        prog=f"softprompt-fast {command}",
-        usage=f"softprompt-fast {command} [--config FILE.yaml] [--flags]",
-        description=description,
+        command.options,
+        prog=f"softprompt-fast {name}",
+        usage=f"softprompt-fast {name} [--config FILE.yaml] [--flags]",
+        description=command.description,
         allow_abbrev=False,
     )
     parser.add_argument("--config", help="YAML file of these flags; flags given besides it win")
+    argument = command.argument
+    if argument is not None:
+        shown = argument.name.upper() if argument.required else f'["{argument.name.upper()}"]'
+        parser.usage = f"{parser.usage} {shown}"
+        nargs = None if argument.required else "?"
+        parser.add_argument(argument.name, nargs=nargs, help=argument.help)
     return parser
 
 

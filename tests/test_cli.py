@@ -14,9 +14,9 @@ import pytest
 import torch
 from toy_run import QUESTIONS, start, train_flags, wait_for, write_lines
 
-from softprompt_fast import commands, train
 from softprompt_fast.checkpoints import last_good_checkpoint
 from softprompt_fast.cli import main
+from softprompt_fast.commands import saved_prompt, train
 from softprompt_fast.config_file import config_arguments
 from softprompt_fast.console import printable
 from softprompt_fast.run_directory import RunDirectory
@@ -198,13 +198,13 @@ def test_eval_knows_the_context_of_the_training(run, tmp_path):
 
 def test_the_dtype_of_the_training_is_taken_over(run, tmp_path, monkeypatch):
     run(*train_flags(tmp_path, max_steps=1, dtype="bfloat16"))
-    load, loaded = commands.load_model, []
+    load, loaded = saved_prompt.load_model, []
 
     def spy(*args, **options):
         loaded.append(options["dtype"])
         return load(*args, **options)
 
-    monkeypatch.setattr(commands, "load_model", spy)
+    monkeypatch.setattr(saved_prompt, "load_model", spy)
     for more in ([], ["--dtype=float32"]):
         assert run("generate", "Hi", "--prompt_dir", tmp_path / "run", *more)[0] == 0
     assert loaded == ["bfloat16", "float32"]

@@ -14,25 +14,26 @@ import torch
 import transformers
 from transformers import PrinterCallback, ProgressCallback, set_seed
 
-from .arguments import SoftPromptTrainingArguments
-from .bounds import check_at_least
-from .checkpoints import last_good_checkpoint, rotate_checkpoints
-from .console import progress, say
-from .data import read_jsonl, read_text
-from .examples import check_contexts, make_examples
-from .files import named_failures
-from .head import OutputHead
-from .model import SoftPromptModel
-from .preflight import check_data, check_options
-from .pretrained import check_dtype, load_model
-from .progress import TrainingProgress
-from .run_directory import RunDirectory
-from .signals import StopOnSignal
-from .soft_prompt import SoftPrompt, SoftPromptConfig
-from .teacher import Teacher
-from .teacher_cache import TeacherCache
-from .teacher_store import Store, choose_store
-from .trainer import SoftPromptTrainer
+from ..arguments import SoftPromptTrainingArguments
+from ..bounds import check_at_least
+from ..checkpoints import last_good_checkpoint, rotate_checkpoints
+from ..console import progress, say
+from ..data import read_jsonl, read_text
+from ..examples import check_contexts, make_examples
+from ..files import named_failures
+from ..head import OutputHead
+from ..model import SoftPromptModel
+from ..preflight import check_data, check_options
+from ..pretrained import check_dtype, load_model
+from ..progress import TrainingProgress
+from ..run_directory import RunDirectory
+from ..signals import StopOnSignal
+from ..soft_prompt import SoftPrompt, SoftPromptConfig
+from ..teacher import Teacher
+from ..teacher_cache import TeacherCache
+from ..teacher_store import Store, choose_store
+from ..trainer import SoftPromptTrainer
+from . import Command, Invocation
 
 
 @dataclass(kw_only=True)
@@ -110,13 +111,10 @@ def train(
     options: TrainOptions,
     config: SoftPromptConfig,
     args: SoftPromptTrainingArguments,
-    *,
-    given: dict[str, Any],
-    stop: StopOnSignal,
+    invocation: Invocation,
 ) -> int:
-    """The exit code.
+    """The exit code. A run is continued only by the options that it began with.
 
-    given: the options that the user gave; a run is continued only by the options it began with.
     Raises ValueError or OSError, before the model loads wherever that can be known.
     """
     check_options(options, config, args)
@@ -129,7 +127,9 @@ def train(
     check_contexts([*records, *eval_records], context)
     check_data(args, len(records))
     inputs = run_inputs(options)
-    decisive = {name: value for name, value in given.items() if name not in FREE_OPTIONS}
+    decisive = {
+        name: value for name, value in invocation.changed.items() if name not in FREE_OPTIONS
+    }
     decisive["model"] = inputs["model"]
     # By their content, so that files may move.
     for name, digest in digests.items():
@@ -188,11 +188,11 @@ def train(
         train_dataset=train_set,
         eval_dataset=eval_sets[0] if eval_sets else None,
         teacher=teacher if store.kind == "online" else None,
-        callbacks=[stop],
+        callbacks=[invocation.stop],
     )
     directory.start()
     trainer.accelerator.wait_for_everyone()
-    return _run(trainer, prompt, directory, stop, anew=options.overwrite_output_dir)
+    return _run(trainer, prompt, directory, invocation.stop, anew=options.overwrite_output_dir)
 
 
 def _leave_process_group() -> None:
@@ -261,3 +261,10 @@ def run_inputs(options: TrainOptions) -> dict[str, Any]:
         path = getattr(options, name)
         inputs[name] = None if path is None else os.path.abspath(path)
     return inputs
+
+
+COMMAND = Command(
+    description="Learn a soft prompt that replaces a context.",
+    options=(TrainOptions, SoftPromptConfig, SoftPromptTrainingArguments),
+    run=train,
+)

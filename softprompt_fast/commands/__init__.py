@@ -1,0 +1,43 @@
+"""One file for each command of ``softprompt-fast``; its ``COMMAND`` says what it takes and does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ..signals import StopOnSignal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Argument:
+    """The one argument of a command that is no flag."""
+
+    name: str
+    help: str
+    required: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Invocation:
+    """What a command is told besides its options."""
+
+    changed: dict[str, Any]
+    """The options that the user gave, by name, where they are not the defaults."""
+
+    argument: str | None
+    """The one that is no flag."""
+
+    stop: StopOnSignal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    description: str
+    options: tuple[Any, ...]
+    """Dataclasses, whose fields are the flags."""
+
+    run: Callable[..., int]
+    """From one object of each of ``options`` and an ``Invocation`` to the exit code."""
+
+    argument: Argument | None = None

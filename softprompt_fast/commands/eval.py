@@ -1,0 +1,108 @@
+"""The command ``eval``: compare a soft prompt with the context that it replaces."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ..bounds import check_at_least
+from ..console import progress, say
+from ..data import read_jsonl, read_text
+from ..evaluate import evaluate
+from ..examples import check_contexts
+from ..files import write_json
+from ..report import side_by_side, table
+from ..run_directory import EVALUATION_FILE, read_run
+from . import Command, Invocation
+from .saved_prompt import PromptOptions, load_prompt, recorded_inputs
+
+
+@dataclass(kw_only=True)
+class EvalOptions(PromptOptions):
+    eval_file: str | None = field(
+        default=None, metadata={"help": "JSON Lines file of held-out queries; default: the run's."}
+    )
+    context_file: str | None = field(
+        default=None, metadata={"help": "Text file of the full context; default: the run's."}
+    )
+    batch_size: int = field(default=16, metadata={"help": "Queries read at a time."})
+    workspace_mib: float = field(default=256, metadata={"help": "Memory for logits, in MiB."})
+    num_samples: int = field(default=4, metadata={"help": "Queries whose answers are shown."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(self, 1, "batch_size", "workspace_mib")
+        check_at_least(self, 0, "num_samples")
+
+
+def evaluate_prompt(options: EvalOptions, invocation: Invocation) -> int:
+    """Writes evaluation.json into the prompt's directory and prints it as tables."""
+    run = read_run(options.prompt_dir)
+    inputs = recorded_inputs(options, run)
+    if inputs["eval_file"] is None:
+        raise ValueError(
+            f"{options.prompt_dir} names no held-out queries: pass --eval_file, a JSON Lines file "
+            "of queries that the prompt was not trained on"
+        )
+    records = read_jsonl(inputs["eval_file"])
+    context, is_context_of_training = _context(options, run, inputs["context_file"])
+    check_contexts(records, context)
+    model, tokenizer, prompt = load_prompt(options, inputs)
+    report = evaluate(
+        model,
+        tokenizer,
+        prompt,
+        records,
+        context,
+        max_new_tokens=inputs["max_new_tokens"],
+        batch_size=options.batch_size,
+        num_samples=options.num_samples,
+        workspace_mib=options.workspace_mib,
+    )
+    report["objective"] = run.get("objective")
+    report["eval_file"] = str(inputs["eval_file"])
+    report["context_of_training"] = is_context_of_training
+    console = Console()
+    if report["answers"]:
+        console.print(side_by_side(report))
+    console.print(table(report))
+    # After the tables: what took long to measure is on the screen if it cannot be written.
+    file = Path(options.prompt_dir) / EVALUATION_FILE
+    write_json(file, report)
+    say(f"Written to {file}")
+    return 0
+
+
+def _context(
+    options: EvalOptions, run: dict[str, Any], path: str | None
+) -> tuple[str | None, bool | None]:
+    """The context, and whether it is that of the training, None if that is not known.
+
+    Raises ValueError if it has changed since, unless it was asked for by name.
+    """
+    if path is None:
+        return None, None
+    digest = hashlib.sha256()
+    context = read_text(path, digest)
+    trained_on = run.get("options", {}).get("context_file_sha256")
+    same = None if trained_on is None else digest.hexdigest() == trained_on
+    if same is False:
+        problem = f"{path} is not the context that the prompt was trained on"
+        if options.context_file is None:
+            raise ValueError(
+                f"{problem}: it has changed since. Restore it, or pass --context_file={path} to "
+                "compare with what it holds now."
+            )
+        progress(f"Note: {problem}")
+    return context, same
+
+
+COMMAND = Command(
+    description="Compare a soft prompt with the context it replaces.",
+    options=(EvalOptions,),
+    run=evaluate_prompt,
+)

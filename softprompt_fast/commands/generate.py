@@ -1,0 +1,46 @@
+"""The command ``generate``: answer one question with a soft prompt."""
+
+from __future__ import annotations
+
+import sys
+
+from ..console import say
+from ..generate import generate
+from ..model import SoftPromptModel
+from ..prompting import tokenize_query
+from ..run_directory import read_run
+from . import Argument, Command, Invocation
+from .saved_prompt import PromptOptions, load_prompt, recorded_inputs
+
+
+def answer_question(options: PromptOptions, invocation: Invocation) -> int:
+    """Prints the answer to the question, or to what stdin holds."""
+    question = invocation.argument
+    if question is None:
+        try:
+            question = sys.stdin.read()
+            question.encode()  # what Python could not decode may be here as half a surrogate pair
+        except (UnicodeDecodeError, UnicodeEncodeError) as error:
+            raise ValueError(f"the question is not UTF-8: see character {error.start}") from None
+    if not question.strip():
+        raise ValueError("the question is empty")
+    inputs = recorded_inputs(options, read_run(options.prompt_dir))
+    model, tokenizer, prompt = load_prompt(options, inputs)
+    query = tokenize_query(tokenizer, [{"role": "user", "content": question.strip()}], "")
+    answers = generate(
+        SoftPromptModel(model, prompt),
+        tokenizer,
+        [query],
+        max_new_tokens=inputs["max_new_tokens"],
+        show_progress=False,
+    )
+    say(answers[0])
+    return 0
+
+
+COMMAND = Command(
+    description="Answer a question with a soft prompt.",
+    options=(PromptOptions,),
+    run=answer_question,
+    argument=Argument(name="question", help="without it, the question is read from stdin"),
+)
