@@ -110,6 +110,12 @@ def extensions() -> list:
 setup(
     ext_modules=extensions(),
     cmdclass={"build_ext": Build},
-    packages=["softprompt_fast", "softprompt_fast.commands", "softprompt_fast.kernels"],
+    packages=[
+        "softprompt_fast",
+        "softprompt_fast.commands",
+        "softprompt_fast.kernels",
+        "softprompt_fast.report",
+    ],
+    package_data={"softprompt_fast.report": ["page.html"]},
     package_dir={"softprompt_fast.kernels": "kernels"},
 )

@@ -2,7 +2,7 @@
 
 run.json             the options, where the data is, "training" or "finished"
 checkpoint-N/        written by the trainer
-adapter_*, soft_prompt.json, evaluation.json    the results
+adapter_*, soft_prompt.json, training_log.json, evaluation*    the results
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from .files import leftovers, make_writable, read_json, write_json
 from .soft_prompt import FACTS_FILE, PEFT_FILE, WEIGHTS_FILE
 
 RUN_FILE = "run.json"
+TRAINING_LOG_FILE = "training_log.json"
 EVALUATION_FILE = "evaluation.json"
 LOCK_FILE = ".lock"
-RESULT_FILES = (WEIGHTS_FILE, PEFT_FILE, FACTS_FILE, EVALUATION_FILE)
+EVALUATION_FILES = (EVALUATION_FILE, "evaluation.html", "evaluation_*.png")  # patterns
+RESULT_FILES = (WEIGHTS_FILE, PEFT_FILE, FACTS_FILE, TRAINING_LOG_FILE, *EVALUATION_FILES)
 FORMAT_VERSION = 1
 
 
@@ -67,8 +69,9 @@ class RunDirectory:
         if self.overwrite:
             for checkpoint in self.path.glob("checkpoint-*"):
                 shutil.rmtree(checkpoint)
-            for name in RESULT_FILES:
-                (self.path / name).unlink(missing_ok=True)
+            for pattern in RESULT_FILES:
+                for file in self.path.glob(pattern):
+                    file.unlink()
             self.overwrite = False
         self._write("training")
 
@@ -120,6 +123,23 @@ def read_run(path: str | os.PathLike[str]) -> dict[str, Any]:
         if value is not None:
             _check_kind(file, name, value, int if name == "max_new_tokens" else str)
     return run
+
+
+def training_curve(path: str | os.PathLike[str]) -> dict[str, list[float]] | None:
+    """The losses that training_log.json holds, by step; None where there is none."""
+    file = Path(path) / TRAINING_LOG_FILE
+    if not file.is_file():
+        return None
+    log = read_json(file)
+    for name in ("steps", "evaluations"):
+        _check_kind(file, name, log.get(name), list)
+    steps, evaluations = log["steps"], log["evaluations"]
+    return {
+        "step": [entry["step"] for entry in steps],
+        "loss": [entry["loss"] for entry in steps],
+        "eval_step": [entry["step"] for entry in evaluations],
+        "eval_loss": [entry["loss"] for entry in evaluations],
+    }
 
 
 def _check_kind(file: Path, name: str, value: Any, kind: type) -> None:

@@ -11,10 +11,11 @@ from rich.console import Console
 from toy import make_model, make_tokenizer
 from toy_run import CONTEXT, HELD_OUT, NEW_TOKENS
 
+from softprompt_fast.conditions import CONDITIONS
 from softprompt_fast.data import Record
-from softprompt_fast.evaluate import CONDITIONS, clustered_standard_error, evaluate
+from softprompt_fast.evaluate import evaluate
 from softprompt_fast.prompting import student_layout, teacher_ids, tokenize_query
-from softprompt_fast.report import side_by_side, table
+from softprompt_fast.report.tables import side_by_side, table
 from softprompt_fast.soft_prompt import SoftPrompt, SoftPromptConfig
 
 P = 4
@@ -48,8 +49,8 @@ def run(model, prompt, records=None, **options):
     )
 
 
-def oracle_inputs(model, prompt, query):
-    """What the model reads in each condition, as embeddings [L, D]."""
+def oracle_inputs(model, prompt, query, kept):
+    """What the model reads in each condition, as embeddings [L, D]. kept: the pruned context."""
     embed = model.get_input_embeddings()
 
     def of(ids):
@@ -60,8 +61,20 @@ def oracle_inputs(model, prompt, query):
         "full context": of(teacher_ids(query)),
         "no context": of(query.plain),
         "cut context": of(query.before + query.context[:P] + query.after),
+        "pruned context": of(query.before + kept + query.after),
         "soft prompt": torch.cat([of(before), prompt.embedding, of(after)]),
     }
+
+
+def pruned(model, query):
+    """The context's P tokens of the largest surprise, one prediction at a time."""
+    surprise = []
+    for place, token in enumerate(query.context):
+        read = torch.tensor([query.before + query.context[:place]])
+        log_q = model(input_ids=read, use_cache=False).logits[0, -1].double().log_softmax(-1)
+        surprise.append(-log_q[token].item())
+    kept = sorted(range(len(surprise)), key=surprise.__getitem__)[-P:]
+    return [query.context[place] for place in sorted(kept)]
 
 
 def greedy(model, inputs):
@@ -80,6 +93,11 @@ def log_probs(model, inputs, ids):
     return logits[0, -len(ids) :].double().log_softmax(-1)
 
 
+def transposed(rows):
+    """The first entries of all rows, then the second ones, and so on."""
+    return [[row[i] for row in rows if i < len(row)] for i in range(max(map(len, rows)))]
+
+
 @pytest.mark.parametrize("placement", ["system", "prefix"])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2", "falcon_h1", "minimax"])
 @torch.no_grad()
@@ -87,10 +105,12 @@ def test_rows_and_answers_are_the_oracles(architecture, placement):
     model = make_model(architecture)
     prompt = make_prompt(model, placement=placement)
     report = run(model, prompt)
-    kl, agree, nll = ({name: [] for name in CONDITIONS} for _ in range(3))
+    kept = None
+    kl, agree, nll, delta, entropy = ({name: [] for name in CONDITIONS} for _ in range(5))
     for record, shown in zip(make_records(), report["answers"], strict=True):
         query = tokenize_query(make_tokenizer(), record.messages, CONTEXT)
-        inputs = oracle_inputs(model, prompt, query)
+        kept = kept or pruned(model, query)  # all queries have one context
+        inputs = oracle_inputs(model, prompt, query, kept)
         ids = greedy(model, inputs["full context"])
         log_p = log_probs(model, inputs["full context"], ids)
         for name in CONDITIONS:
@@ -98,6 +118,10 @@ def test_rows_and_answers_are_the_oracles(architecture, placement):
             kl[name].append((log_p.exp() * (log_p - log_q)).sum(-1))
             agree[name].append((log_p.argmax(-1) == log_q.argmax(-1)).double())
             nll[name].append(-log_q[range(len(ids)), ids])
+            delta[name].append((log_q.exp() - log_p.exp())[range(len(ids)), ids])
+            entropy[name].append(-(log_q.exp() * log_q).sum(-1))
+            for token, x in zip(shown["tokens"], kl[name][-1].tolist(), strict=True):
+                assert token["kl"][name] == pytest.approx(x, rel=1e-3, abs=1e-6)
             text = make_tokenizer().decode(greedy(model, inputs[name]), skip_special_tokens=True)
             assert shown[name] == text.strip()
     without = torch.cat(kl["no context"]).mean()
@@ -110,6 +134,11 @@ def test_rows_and_answers_are_the_oracles(architecture, placement):
             torch.cat(nll[name]).mean().exp().item(), rel=1e-4
         )
         assert row["kl_recovered"] == pytest.approx(1 - mean / without.item(), abs=1e-4)
+        rms = torch.cat(delta[name]).square().mean().sqrt().item()
+        assert row["rms_delta_p"] == pytest.approx(rms, rel=1e-4, abs=1e-6)
+        assert row["entropy"] == pytest.approx(torch.cat(entropy[name]).mean().item(), rel=1e-4)
+        means = [torch.stack(at).mean().item() for at in transposed(kl[name])]
+        assert report["series"][name]["kl_by_position"] == pytest.approx(means, rel=1e-3, abs=1e-6)
     assert report["kl_recovered"] == report["conditions"]["soft prompt"]["kl_recovered"]
     assert report["conditions"]["no context"]["kl"] > 0.01
 
@@ -120,6 +149,7 @@ def test_the_contexts_own_embeddings_recover_everything():
     report = run(model, make_prompt(model, num_virtual_tokens=length, prompt_tuning_init="context"))
     assert report["conditions"]["soft prompt"]["kl"] <= 1e-6
     assert report["conditions"]["cut context"]["kl"] <= 1e-6
+    assert report["conditions"]["pruned context"]["kl"] <= 1e-6
     assert report["kl_recovered"] == pytest.approx(1, abs=1e-5)
 
 
@@ -137,19 +167,8 @@ def test_the_answer_shown_for_the_full_context_is_the_models_own():
     model = make_model()
     given = run(model, make_prompt(model), make_records(completion="Yes!"))
     written = run(model, make_prompt(model))
-    assert given["answers"] == written["answers"]
-
-
-def test_the_standard_error_counts_an_answer_as_one_observation():
-    values = torch.tensor([1.0, 3.0, 2.0, 8.0, 5.0, 5.0], dtype=torch.float64)
-    means = values.view(3, 2).mean(1)
-    expected = (means.std() / 3**0.5).item()
-    error = clustered_standard_error(values, torch.tensor([2, 2, 2]))
-    assert error == pytest.approx(expected)
-    # The same observations again and again carry no news.
-    again = clustered_standard_error(values.repeat_interleave(5), torch.tensor([10, 10, 10]))
-    assert again == pytest.approx(expected)
-    assert clustered_standard_error(values, torch.tensor([6])) is None
+    for one, other in zip(given["answers"], written["answers"], strict=True):
+        assert [one[name] for name in CONDITIONS] == [other[name] for name in CONDITIONS]
 
 
 def test_the_report_is_json_and_its_tables_are_plain_text():
@@ -160,7 +179,7 @@ def test_the_report_is_json_and_its_tables_are_plain_text():
     console.print(table(report))
     console.print(side_by_side(report))
     text = console.export_text()
-    assert "soft prompt (4 tokens)" in text
+    assert "pruned context" in text
     assert "KL recovered" in text
     assert r"a[red]b\x1b[2J\x07c" in text
     assert "\x1b" not in text

@@ -14,9 +14,11 @@ from ..console import progress, say
 from ..data import read_jsonl, read_text
 from ..evaluate import evaluate
 from ..examples import check_contexts
-from ..files import write_json
-from ..report import side_by_side, table
-from ..run_directory import EVALUATION_FILE, read_run
+from ..files import write_bytes, write_json
+from ..report.page import page
+from ..report.plots import pictures
+from ..report.tables import side_by_side, table
+from ..run_directory import EVALUATION_FILE, read_run, training_curve
 from . import Command, Invocation
 from .saved_prompt import PromptOptions, load_prompt, recorded_inputs
 
@@ -40,7 +42,7 @@ class EvalOptions(PromptOptions):
 
 
 def evaluate_prompt(options: EvalOptions, invocation: Invocation) -> int:
-    """Writes evaluation.json into the prompt's directory and prints it as tables."""
+    """Writes the report into the prompt's directory, as JSON, page and pictures, and prints it."""
     run = read_run(options.prompt_dir)
     inputs = recorded_inputs(options, run)
     if inputs["eval_file"] is None:
@@ -66,6 +68,7 @@ def evaluate_prompt(options: EvalOptions, invocation: Invocation) -> int:
     report["objective"] = run.get("objective")
     report["eval_file"] = str(inputs["eval_file"])
     report["context_of_training"] = is_context_of_training
+    report["training_curve"] = training_curve(options.prompt_dir)
     console = Console()
     if report["answers"]:
         console.print(side_by_side(report))
@@ -73,7 +76,11 @@ def evaluate_prompt(options: EvalOptions, invocation: Invocation) -> int:
     # After the tables: what took long to measure is on the screen if it cannot be written.
     file = Path(options.prompt_dir) / EVALUATION_FILE
     write_json(file, report)
-    say(f"Written to {file}")
+    drawn = pictures(report)
+    for name, png in drawn.items():
+        write_bytes(file.with_name(f"{file.stem}_{name}.png"), png)
+    write_bytes(file.with_suffix(".html"), page(report, drawn).encode())
+    say(f"Written to {file}, with pictures; look at {file.with_suffix('.html')}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""An evaluation report as tables for a person."""
+"""An evaluation report as tables on the screen."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from .console import one_line
-from .evaluate import CONDITIONS, CUT, SOFT
+from ..conditions import CONDITIONS
+from ..console import one_line
+from ..text import shortened
+
+# Of a query or an answer on the screen.
+CHARACTERS = 600
 
 
 def table(report: dict[str, Any]) -> Table:
@@ -18,17 +22,17 @@ def table(report: dict[str, Any]) -> Table:
         f"{report['context_tokens']} context tokens -> {report['num_virtual_tokens']} virtual"
     )
     result = Table(title=title, title_justify="left")
-    result.add_column("what the model reads")
-    for heading in ("KL, nats/token", "top-1", "perplexity", "KL recovered"):
+    result.add_column("model reads")
+    for heading in ("KL, nats/token", "top-1", "RMS Δp", "perplexity", "KL recovered"):
         result.add_column(heading, justify="right")
     for name, row in report["conditions"].items():
         error = row["kl_standard_error"]
         recovered = row["kl_recovered"]
-        label = f"{name} ({report['num_virtual_tokens']} tokens)" if name in (CUT, SOFT) else name
         result.add_row(
-            label,
+            name,
             f"{row['kl']:.3f}" + ("" if error is None else f" ± {error:.3f}"),
             f"{row['top1_agreement']:.1%}",
+            f"{row['rms_delta_p']:.1%}",
             f"{row['perplexity']:.2f}",
             "" if recovered is None else f"{recovered:.1%}",
         )
@@ -42,8 +46,12 @@ def side_by_side(report: dict[str, Any]) -> Table:
     result.add_column()
     for answer in report["answers"]:
         # Text: what the data or the model wrote is neither markup nor terminal control.
-        result.add_row("query", Text(one_line(answer["query"]), style="bold"))
+        result.add_row("query", Text(_shown(answer["query"]), style="bold"))
         for name in CONDITIONS:
-            result.add_row(name, Text(one_line(answer[name])))
+            result.add_row(name, Text(_shown(answer[name])))
         result.add_section()
     return result
+
+
+def _shown(text: str) -> str:
+    return one_line(shortened(text, CHARACTERS))
