@@ -59,10 +59,12 @@ def figure(report: dict[str, Any], form: str, *path: str | int) -> Markup:
     value = reduce(getitem, path, cast(Any, report))
     if value is None:
         return Markup("<span>–</span>")
-    text = FORMS[form].format(printable(value) if isinstance(value, str) else value)
-    place = "/".join(map(str, path))
+    if isinstance(value, str):
+        value = exact = shown(value)
+    else:
+        exact = repr(value)
     return Markup('<span class="figure" data-json="{}" title="{}">{}</span>').format(
-        place, value if isinstance(value, str) else repr(value), text
+        "/".join(map(str, path)), exact, FORMS[form].format(value)
     )
 
 
