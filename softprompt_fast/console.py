@@ -10,8 +10,12 @@ from collections.abc import Iterable
 from rich.console import Console
 from rich.text import Text
 
+from .text import shortened
+
 # Characters that turn the direction of a line around, so that it reads as something else.
 BIDI = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+MESSAGE_CHARACTERS = 4000
 
 
 def printable(text: str) -> str:
@@ -41,7 +45,8 @@ def progress(text: str) -> None:
 
 
 def complain(text: str) -> None:
-    _print(Console(stderr=True), f"error: {text}")
+    # A message quotes what was wrong, which may be a line of a file without an end.
+    _print(Console(stderr=True), f"error: {shortened(text, MESSAGE_CHARACTERS)}")
 
 
 def _speaks_for_all() -> bool:

@@ -20,8 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .text import shortened
+
 MAX_LINE_BYTES = 10 * 2**20
 FIELDS = ("prompt", "messages", "completion", "context")
+QUOTED_CHARACTERS = 200
 ROLES = ("system", "user", "assistant", "tool", "developer")
 # Ours or a plain word: a name this close to one of ours is a misspelling of it.
 KNOWN, CLOSE = (*FIELDS, "content"), 0.85
@@ -123,7 +126,7 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> dict:
     result: dict = {}
     for key, value in pairs:
         if key in result:
-            raise ValueError(f"field {key!r} appears twice")
+            raise ValueError(f"field {_quoted(key)} appears twice")
         result[key] = value
     return result
 
@@ -138,10 +141,10 @@ def _record(value: dict, source: str) -> Record:
     for key in value:
         close = difflib.get_close_matches(key.lower(), FIELDS, n=1, cutoff=CLOSE)
         if key not in KNOWN and close:
-            raise ValueError(f"{source}: unknown field {key!r}; did you mean {close[0]!r}?")
+            raise ValueError(f"{source}: unknown field {_quoted(key)}; did you mean {close[0]!r}?")
     if ("prompt" in value) == ("messages" in value):
         problem = "both" if "prompt" in value else "neither"
-        found = ", ".join(map(repr, value)) or "no fields"
+        found = ", ".join(map(_quoted, value)) or "no fields"
         raise ValueError(f"{source}: give 'prompt' or 'messages'; the line has {problem} ({found})")
     field = "prompt" if "prompt" in value else "messages"
     messages = _messages(value[field], field, source)
@@ -177,7 +180,7 @@ def _messages(value, field: str, source: str) -> list[dict]:
         role = message.get("role")
         if role not in ROLES:
             raise ValueError(
-                f"{source}: '{where}.role' must be one of {', '.join(ROLES)}; got {role!r}"
+                f"{source}: '{where}.role' must be one of {', '.join(ROLES)}; got {_quoted(role)}"
             )
         content = _text({f"{where}.content": message.get("content")}, f"{where}.content", source)
         messages.append({"role": role, "content": content})
@@ -207,6 +210,10 @@ def _text(value: dict, field: str, source: str) -> str:
             f"{source}: {field!r} has half of a surrogate pair at character {error.start}"
         ) from None
     return text
+
+
+def _quoted(value) -> str:
+    return shortened(repr(value), QUOTED_CHARACTERS)
 
 
 def _kind(value) -> str:

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import resource
 import signal
 import sys
@@ -590,3 +591,31 @@ def test_messages_cannot_drive_the_terminal(run, tmp_path):
     assert printable("a\x1b[31m\x9b\u2066b\ttab\nline é 漢") == (
         "a\\x1b[31m\\x9b\\u2066b\ttab\nline é 漢"
     )
+
+
+def test_a_hostile_data_file_leaves_page_and_terminal_unharmed(run, tmp_path):
+    assert run(*train_flags(tmp_path, max_steps=1))[0] == 0
+    hostile = "<script>alert(1)</script><b>\x1b[2J\x07\u202e[red]</title> {{ 7 * 7 }}"
+    data = write_lines(tmp_path / "hostile.jsonl", [hostile, "\x00", "Hi"])
+    evaluate = ("eval", "--prompt_dir", tmp_path / "run", "--eval_file", data)
+    code, out, err = run(*evaluate)
+    assert code == 0, err
+    page = (tmp_path / "run/evaluation.html").read_text()
+    for text in (out, page):
+        assert "{{ 7 * 7 }}" in text
+        assert not re.search("[\x00\x1b\x07\u202e]", text)
+    assert "<script" not in page
+    write_lines(data, ["Hi", "<b>" * 30_000])
+    message = error_of(run(*evaluate))
+    assert message.startswith(f"{data}:2: context and query take 900")
+    for line in (
+        '{"a%s": 1}',
+        '{"prompt": [{"role": "a%s"}]}',
+        '{"a%s": 1, "a%s": 2}',
+        "[%s",
+        "%s",
+    ):
+        data.write_text(line.replace("%s", "\\u001b[2J" * 900_000))
+        message = error_of(run(*evaluate))
+        assert message.startswith(f"{data}:1:")
+        assert len(message) < 1000

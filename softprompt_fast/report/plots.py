@@ -98,8 +98,8 @@ def training_curve(axes: Axes, report: dict[str, Any]) -> bool:
     curve = report.get("training_curve")
     if not curve or not curve["step"]:
         return False
-    marker = "o" if len(curve["step"]) == 1 else ""
-    axes.plot(curve["step"], curve["loss"], marker, ls="-", color=COLOURS[SOFT], lw=1.5)
+    marker = "o" if len(curve["step"]) == 1 else None
+    axes.plot(curve["step"], curve["loss"], marker=marker, color=COLOURS[SOFT], lw=1.5)
     if curve["eval_step"]:
         axes.plot(curve["eval_step"], curve["eval_loss"], "o-", color=COLOURS[CUT], ms=3, lw=1)
         axes.annotate(
@@ -146,11 +146,9 @@ def _draw_by_position(
 ) -> None:
     for name in names:
         values = report["series"][name][key][:last]
-        marker = "o" if last == 1 else ""
-        axes.plot(
-            range(1, last + 1), values, marker, ls="-", color=COLOURS[name], lw=_width(name),
-            label=name,
-        )  # fmt: skip
+        marker = "o" if last == 1 else None
+        style: Any = {"color": COLOURS[name], "lw": _width(name), "marker": marker}
+        axes.plot(range(1, last + 1), values, label=name, **style)
     axes.set_xlabel("token of the answer")
     axes.legend(frameon=False, fontsize=8, ncols=2)
 
