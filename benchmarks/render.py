@@ -19,6 +19,8 @@ import pictures
 import tables
 from problems import HEADS
 
+from softprompt_fast.report import plots
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -53,6 +55,7 @@ def faithfulness_table() -> str:
         "full context": context,
         "no context": 0,
         "cut context": P,
+        "pruned context": P,
         "soft prompt": P,
     }
     lines = [
@@ -65,6 +68,23 @@ def faithfulness_table() -> str:
         lines.append(
             f"| {name} | {size} | {row['kl']:.3f} ± {row['kl_standard_error']:.3f} | "
             f"{row['top1_agreement']:.1%} | {row['perplexity']:.2f} | {row['kl_recovered']:.1%} |"
+        )
+    return "\n".join(lines)
+
+
+def distribution_table() -> str:
+    """The other figures of the example's evaluation."""
+    lines = [
+        "| the model reads | median KL | 99 % | 99.9 % | largest | RMS Δp | perplexity ratio | "
+        "entropy | calibration error | rank correlation |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, row in read("handbook.json")["conditions"].items():
+        kl = " | ".join(f"{row[key]:.3f}" for key in ("kl_median", "kl_99", "kl_999", "kl_max"))
+        lines.append(
+            f"| {name} | {kl} | {row['rms_delta_p']:.1%} | {row['perplexity_ratio']:.2f} | "
+            f"{row['entropy']:.2f} | {row['calibration_error']:.1%} | "
+            f"{row['rank_correlation']:.2f} |"
         )
     return "\n".join(lines)
 
@@ -181,6 +201,7 @@ def sketch_bytes(D: int, k: int) -> int:
 
 TABLES: dict[str, Callable[[], str]] = {
     "faithfulness": faithfulness_table,
+    "distribution": distribution_table,
     "cpu": cpu_table,
     "bench": bench_line,
     "losses": all_losses_table,
@@ -206,9 +227,10 @@ def main() -> None:
                 line = f"{content}\n" if content else ""
                 text = block.sub(lambda m, c=line: f"{m[1]}{c}{m[2]}", text)
         page.write_text(text)
-    pictures.draw(
-        read("handbook.json"), main_rows(), read("cpu.json")["growth"], ROOT / "docs" / "images"
-    )
+    images, report = ROOT / "docs" / "images", read("handbook.json")
+    pictures.draw(report, main_rows(), read("cpu.json")["growth"], images)
+    for name, png in plots.pictures(report).items():
+        (images / f"evaluation_{name}.png").write_bytes(png)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ COMPARED = (NONE, CUT, PRUNED, SOFT)
 # A mean over fewer answers than this share of them is of those few that are long.
 SHARE_OF_ANSWERS = 0.1
 # KL below it is rounding; the axis of its distribution begins here.
-LEAST_KL = 1e-5
+LEAST_KL = 1e-4
 INCHES, DPI = (6.4, 3.4), 160
 
 
