@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import sys
 import unicodedata
 from collections.abc import Iterable
 
@@ -37,6 +38,13 @@ def closest(word: str, known: Iterable[str]) -> str:
 def say(text: str = "") -> None:
     if _speaks_for_all():
         _print(Console(), text)
+
+
+def show(text: str) -> None:
+    """A piece of a line, at once; rich would make spaces of a tab, by where the piece begins."""
+    if _speaks_for_all():
+        sys.stdout.write(printable(text))
+        sys.stdout.flush()
 
 
 def progress(text: str) -> None:

@@ -28,11 +28,13 @@ def write(
     do_sample: bool = False,
     past_key_values: Any = None,
     embeds: Tensor | None = None,
+    streamer: Any = None,
 ) -> list[list[int]]:
     """What the model writes after each row, up to and with the first of ``end_ids``.
 
     ids, mask: [B, L], each row complete at its right end; the first ids are those that
     ``past_key_values`` holds. embeds: [B, L, D], read in the place of the embeddings of ``ids``.
+    streamer: as in transformers; of one row it gets ``ids``, then each token as it is written.
     """
     with _without_own_defaults(model), _read_as(model, embeds):
         written = model.generate(
@@ -42,6 +44,7 @@ def write(
             max_new_tokens=max_new_tokens,
             eos_token_id=list(end_ids) or None,
             pad_token_id=end_ids[0] if end_ids else 0,
+            streamer=streamer,
             **(PLAIN_SAMPLING if do_sample else {"do_sample": False}),
         )
     return [_until_end(row, end_ids) for row in written[:, ids.shape[1] :].tolist()]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
+from transformers import TextStreamer
 
 from .decoding import in_batches, write
 from .model import SoftPromptModel, TrainingExample
@@ -15,7 +16,6 @@ from .prompting import Query, student_layout
 from .teacher import Answer, Teacher
 
 
-@torch.no_grad()
 def generate(
     model: SoftPromptModel,
     tokenizer: Any,
@@ -32,35 +32,83 @@ def generate(
     """
     for query in queries:
         model.check_length(query, max_new_tokens)
-    # The rules for answers are the teacher's: which numbers are allowed, which tokens end one.
-    ends = Teacher(
-        model.base, tokenizer, max_new_tokens=max_new_tokens, batch_size=batch_size
-    ).end_ids
-    collate = model.collator(padding_side="left")
-    device = model.prompt.embedding.device
+    rules = _rules(model, tokenizer, max_new_tokens, batch_size)
+    placement = model.prompt.config.placement
 
     def length(index: int) -> int:
-        return sum(map(len, student_layout(queries[index], collate.placement)))
+        return sum(map(len, student_layout(queries[index], placement)))
 
     may_pad = Prefix.read(model.base, []).bears_padding
     texts: dict[int, str] = {}
     with tqdm(total=len(queries), desc="answers", disable=not show_progress) as progress:
         for part in in_batches(range(len(queries)), batch_size, length=length, may_pad=may_pad):
-            # The last token of an answer is no input: an answer of one token is the query alone.
-            answer = Answer(ids=[0])
-            batch = collate([TrainingExample(query=queries[i], answer=answer) for i in part])
-            ids, mask, prompt_mask = (
-                batch[name].to(device) for name in ("input_ids", "attention_mask", "prompt_mask")
-            )
-            written = write(
-                model.base,
-                ids,
-                mask,
-                max_new_tokens=max_new_tokens,
-                end_ids=ends,
-                embeds=model.inputs_embeds(ids, prompt_mask),
-            )
+            written = _write(model, [queries[i] for i in part], rules)
             decoded = tokenizer.batch_decode(written, skip_special_tokens=True)
             texts.update(zip(part, decoded, strict=True))
             progress.update(len(part))
     return [texts[index].strip() for index in range(len(queries))]
+
+
+def stream(
+    model: SoftPromptModel,
+    tokenizer: Any,
+    query: Query,
+    show: Callable[[str], None],
+    *,
+    max_new_tokens: int = 64,
+) -> str:
+    """The answer that ``generate`` gives to one query; ``show`` gets it in pieces, as they come.
+
+    A piece ends where no later token changes it: never inside a character. Raises as ``generate``.
+    """
+    model.check_length(query, max_new_tokens)
+    rules = _rules(model, tokenizer, max_new_tokens, batch_size=1)
+    written = _write(model, [query], rules, streamer=_Pieces(tokenizer, show))
+    return tokenizer.batch_decode(written, skip_special_tokens=True)[0].strip()
+
+
+class _Pieces(TextStreamer):
+    """The text of an answer, without the white space around it."""
+
+    def __init__(self, tokenizer: Any, show: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.show = show
+        self.has_begun = False
+        self.space = ""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        text = self.space + text if self.has_begun else text.lstrip()
+        shown = text.rstrip()
+        self.space = text[len(shown) :]  # until it is known whether anything follows
+        if shown:
+            self.has_begun = True
+            self.show(shown)
+
+
+def _rules(model: SoftPromptModel, tokenizer: Any, max_new_tokens: int, batch_size: int) -> Teacher:
+    """The teacher's: which numbers are allowed, which tokens end an answer."""
+    return Teacher(model.base, tokenizer, max_new_tokens=max_new_tokens, batch_size=batch_size)
+
+
+@torch.no_grad()
+def _write(
+    model: SoftPromptModel, queries: Sequence[Query], rules: Teacher, streamer: Any = None
+) -> list[list[int]]:
+    """The token ids of the answers, read and written as one batch."""
+    # The last token of an answer is no input: an answer of one token is the query alone.
+    answer = Answer(ids=[0])
+    collate = model.collator(padding_side="left")
+    batch = collate([TrainingExample(query=query, answer=answer) for query in queries])
+    device = model.prompt.embedding.device
+    ids, mask, prompt_mask = (
+        batch[name].to(device) for name in ("input_ids", "attention_mask", "prompt_mask")
+    )
+    return write(
+        model.base,
+        ids,
+        mask,
+        max_new_tokens=rules.max_new_tokens,
+        end_ids=rules.end_ids,
+        embeds=model.inputs_embeds(ids, prompt_mask),
+        streamer=streamer,
+    )

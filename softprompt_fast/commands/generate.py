@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import sys
 
-from ..console import say
-from ..generate import generate
 from ..model import SoftPromptModel
 from ..prompting import tokenize_query
 from ..run_directory import read_run
 from . import Argument, Command, Invocation
-from .saved_prompt import PromptOptions, load_prompt, recorded_inputs
+from .saved_prompt import PromptOptions, load_prompt, recorded_inputs, tell_answer
 
 
 def answer_question(options: PromptOptions, invocation: Invocation) -> int:
-    """Prints the answer to the question, or to what stdin holds."""
+    """Prints the answer to the question, or to what stdin holds, while it is written."""
     question = invocation.argument
     if question is None:
         try:
@@ -27,14 +25,7 @@ def answer_question(options: PromptOptions, invocation: Invocation) -> int:
     inputs = recorded_inputs(options, read_run(options.prompt_dir))
     model, tokenizer, prompt = load_prompt(options, inputs)
     query = tokenize_query(tokenizer, [{"role": "user", "content": question.strip()}], "")
-    answers = generate(
-        SoftPromptModel(model, prompt),
-        tokenizer,
-        [query],
-        max_new_tokens=inputs["max_new_tokens"],
-        show_progress=False,
-    )
-    say(answers[0])
+    tell_answer(SoftPromptModel(model, prompt), tokenizer, query, inputs["max_new_tokens"])
     return 0
 
 

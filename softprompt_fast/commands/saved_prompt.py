@@ -1,4 +1,4 @@
-"""What the commands that use a saved soft prompt have in common: its options, and how it loads."""
+"""What the commands that use a saved soft prompt have in common: options, loading, answering."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..bounds import check_at_least
+from ..console import say, show
+from ..generate import stream
+from ..model import SoftPromptModel
 from ..pretrained import check_dtype, load_model
+from ..prompting import Query
 from ..soft_prompt import SoftPrompt
 
 
@@ -58,3 +62,12 @@ def load_prompt(options: PromptOptions, inputs: dict[str, Any]) -> tuple[Any, An
     )
     prompt.check_base(model)
     return model, tokenizer, prompt
+
+
+def tell_answer(model: SoftPromptModel, tokenizer: Any, query: Query, max_new_tokens: int) -> str:
+    """The answer, which is on the screen while it is written."""
+    model.check_length(query, max_new_tokens)  # before a line begins
+    try:
+        return stream(model, tokenizer, query, show, max_new_tokens=max_new_tokens)
+    finally:
+        say()  # the line ends where a signal stops the answer, too
