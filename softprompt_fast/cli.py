@@ -17,6 +17,7 @@ COMMANDS = {
     "train": "learn a soft prompt that replaces a context",
     "eval": "compare it with the context, on held-out queries",
     "generate": 'answer a question with it: softprompt-fast generate --prompt_dir DIR "QUESTION"',
+    "chat": "answer questions with it, line by line, and remember the conversation",
 }
 SUMMARIES = "".join(f"  {name:<11}{summary}\n" for name, summary in COMMANDS.items())
 USAGE = f"""usage: softprompt-fast COMMAND [--flags] [--config FILE.yaml]
