@@ -18,6 +18,7 @@ COMMANDS = {
     "eval": "compare it with the context, on held-out queries",
     "generate": 'answer a question with it: softprompt-fast generate --prompt_dir DIR "QUESTION"',
     "chat": "answer questions with it, line by line, and remember the conversation",
+    "export": "hand it on to PEFT, to vLLM, or as plain safetensors",
 }
 SUMMARIES = "".join(f"  {name:<11}{summary}\n" for name, summary in COMMANDS.items())
 USAGE = f"""usage: softprompt-fast COMMAND [--flags] [--config FILE.yaml]

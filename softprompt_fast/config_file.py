@@ -15,7 +15,7 @@ from .data import read_utf8
 from .errors import UsageError
 
 PATH_OPTIONS = (
-    *("context_file", "train_file", "eval_file", "output_dir", "prompt_dir"),
+    *("context_file", "train_file", "eval_file", "output_dir", "prompt_dir", "query_file"),
     *("resume_from_checkpoint", "teacher_cache"),
 )
 YAML = "tag:yaml.org,2002:"

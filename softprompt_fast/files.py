@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -50,6 +51,31 @@ def make_writable(name: str, path: Path) -> None:
             pass
     except OSError as error:
         raise OSError(f"cannot write to {name} {path}: {error.strerror}") from error
+
+
+@contextmanager
+def new_directory(name: str, path: str) -> Iterator[Path]:
+    """A directory to fill. At the end of the block it is ``path``; with an error, nothing is there.
+
+    Raises ValueError if ``path``, the value of the option ``name``, is a file or holds something;
+    OSError naming both if it cannot be made.
+    """
+    target = Path(os.path.realpath(os.path.expanduser(path)))
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise ValueError(
+            f"{name} {path} is occupied: nothing there is replaced. Choose a new directory."
+        )
+    filling = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        filling.mkdir(parents=True)
+    except OSError as error:
+        raise OSError(f"cannot write to {name} {path}: {error.strerror}") from error
+    try:
+        yield filling
+        os.replace(filling, target)
+        sync_directory(target.parent)
+    finally:
+        shutil.rmtree(filling, ignore_errors=True)
 
 
 @contextmanager

@@ -64,12 +64,7 @@ def tokenize_query(
     messages = list(messages)
     if not messages:
         raise ValueError(f"{source or 'query'}: no messages. Give at least one of the user's.")
-    if getattr(tokenizer, "chat_template", None):
-        before, after, plain = _render_chat(tokenizer, messages, source)
-    else:
-        prompt = "\n".join(message["content"] for message in messages)
-        bos = tokenizer.bos_token or ""
-        before, after, plain = bos, f"\n\n{prompt}\n", f"{bos}{prompt}\n"
+    before, after, plain = render_query(tokenizer, messages, source=source)
     up_to_slot = _ids(tokenizer, before + SLOT)
     # A space at the end of before may be part of the token that comes next: such a space is left to
     # the context.
@@ -81,6 +76,27 @@ def tokenize_query(
         plain=_ids(tokenizer, plain),
         source=source,
     )
+
+
+def render_query(
+    tokenizer: Any, messages: Sequence[dict[str, str]], *, source: str = ""
+) -> tuple[str, str, str]:
+    """The texts before and after the slot, and the text without one.
+
+    Raises ValueError if the template shows the slot not exactly once, or as its very end.
+    """
+    if getattr(tokenizer, "chat_template", None):
+        return _render_chat(tokenizer, list(messages), source)
+    prompt = "\n".join(message["content"] for message in messages)
+    bos = tokenizer.bos_token or ""
+    return bos, f"\n\n{prompt}\n", f"{bos}{prompt}\n"
+
+
+def slot_is_system_message(tokenizer: Any, messages: Sequence[dict[str, str]]) -> bool:
+    """Whether the slot is the whole of a system message, which the chat template accepts."""
+    if not getattr(tokenizer, "chat_template", None) or messages[0]["role"] == "system":
+        return False
+    return SLOT in (_render(tokenizer, _slot_in_system(list(messages))) or "")
 
 
 def tokenize_answer(tokenizer: Any, completion: str, end_ids: Sequence[int]) -> list[int]:
@@ -113,7 +129,6 @@ def student_layout(query: Query, placement: str) -> tuple[list[int], list[int]]:
 def _render_chat(
     tokenizer: Any, messages: list[dict[str, str]], source: str
 ) -> tuple[str, str, str]:
-    """The texts before and after the slot, and the text without one."""
     with_slot = _render(tokenizer, _slot_in_system(messages))
     if with_slot is None or SLOT not in with_slot:
         messages = _without_system_role(messages)

@@ -114,7 +114,7 @@ class SoftPrompt(nn.Module):
         directory.mkdir(parents=True, exist_ok=True)
         embedding = self.embedding.detach().cpu().contiguous()
         write_bytes(directory / WEIGHTS_FILE, save({"prompt_embeddings": embedding}))
-        write_json(directory / PEFT_FILE, self._peft_config())
+        write_json(directory / PEFT_FILE, self.peft_config())
         write_json(
             directory / FACTS_FILE,
             {"format_version": FORMAT_VERSION, "config": asdict(self.config), "base": self.base},
@@ -148,7 +148,8 @@ class SoftPrompt(nn.Module):
                 f"({self.base.get('name_or_path')!r}): {'; '.join(differing)}."
             )
 
-    def _peft_config(self) -> dict[str, Any]:
+    def peft_config(self) -> dict[str, Any]:
+        """What PEFT reads as adapter_config.json."""
         return {
             "peft_type": "PROMPT_TUNING",
             "task_type": "CAUSAL_LM",
