@@ -63,11 +63,11 @@ def stream(
     """
     model.check_length(query, max_new_tokens)
     rules = _rules(model, tokenizer, max_new_tokens, batch_size=1)
-    written = _write(model, [query], rules, streamer=_Pieces(tokenizer, show))
+    written = _write(model, [query], rules, streamer=Pieces(tokenizer, show))
     return tokenizer.batch_decode(written, skip_special_tokens=True)[0].strip()
 
 
-class _Pieces(TextStreamer):
+class Pieces(TextStreamer):
     """The text of an answer, without the white space around it."""
 
     def __init__(self, tokenizer: Any, show: Callable[[str], None]) -> None:

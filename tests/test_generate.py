@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 import torch
 from toy import PADDING_SENSITIVE, make_model, make_tokenizer
-from toy_run import CONTEXT, NEW_TOKENS, QUESTIONS
+from toy_run import CONTEXT, NEW_TOKENS, QUESTIONS, save_toy_model
+from transformers import AutoModelForCausalLM
 
-from softprompt_fast.generate import generate
+from softprompt_fast.cli import main
+from softprompt_fast.generate import Pieces, generate, stream
 from softprompt_fast.model import SoftPromptModel
 from softprompt_fast.prompting import tokenize_query
 from softprompt_fast.soft_prompt import SoftPrompt, SoftPromptConfig
@@ -67,3 +71,70 @@ def test_a_prompt_longer_than_the_model_is_named():
     student = make_student(make_model("gpt2"), num_virtual_tokens=490)
     with pytest.raises(ValueError, match="q:0: 490 virtual tokens, .* 512 positions"):
         answers(student, ["Hi"])
+
+
+# As they are written
+
+
+def test_a_streamed_answer_is_the_answer():
+    student = make_student(make_model())
+    for question, answer in zip(QUESTIONS, answers(student, max_new_tokens=40), strict=True):
+        query = tokenize_query(make_tokenizer(), [{"role": "user", "content": question}], "")
+        streamed: list[str] = []
+        assert (
+            stream(student, make_tokenizer(), query, streamed.append, max_new_tokens=40) == answer
+        )
+        assert "".join(streamed) == answer
+
+
+@pytest.mark.parametrize("space", ["", " \n\t "])
+def test_a_piece_ends_at_a_character(space):
+    text = "Grüße an 漢字, 🚴🏽 or e\u0301!\n\nSo  it\x1b[2J is \U0001f469\u200d\U0001f527."
+    tokenizer, pieces = make_tokenizer(), []
+    streamer = Pieces(tokenizer, pieces.append)
+    streamer.put(torch.tensor([[1, 2, 3]]))  # the query
+    for token in tokenizer(space + text + space + "<|end|>")["input_ids"]:
+        streamer.put(torch.tensor([token]))
+    assert pieces, "nothing came before the end"
+    streamer.end()
+    assert "".join(pieces) == text
+    assert "\ufffd" not in "".join(pieces)
+    assert len(pieces) > 10
+
+
+@pytest.fixture
+def written_by(tmp_path, monkeypatch):
+    """The command, with a model that writes the given texts, calling what it is given between."""
+    base = AutoModelForCausalLM.from_pretrained(save_toy_model(tmp_path / "model"))
+    make_student(base).prompt.save_pretrained(tmp_path / "prompt")
+
+    def run_with(text, between):
+        ids = make_tokenizer()(text)["input_ids"]
+
+        def write(model, rows, mask, *, streamer, **options):
+            streamer.put(rows)
+            for token in ids:
+                streamer.put(torch.tensor([token]))
+                between()
+            streamer.end()
+            return [ids]
+
+        monkeypatch.setattr("softprompt_fast.generate.write", write)
+        return main(["generate", f"--prompt_dir={tmp_path / 'prompt'}", "Hi"])
+
+    return run_with
+
+
+def test_the_command_shows_what_there_is_and_never_a_control_character(written_by, capsys):
+    seen: list[str] = []
+    text = " red \x1b[31m tab\t\u202e漢 end\n"
+    assert written_by(text, lambda: seen.append(capsys.readouterr().out)) == 0
+    out = "".join([*seen, capsys.readouterr().out])
+    assert out == "red \\x1b[31m tab\t\\u202e漢 end\n"
+    assert sum(map(bool, seen)) > 5
+
+
+def test_ctrl_c_ends_the_line_of_the_answer(written_by, capsys):
+    with pytest.raises(SystemExit, match="130"):
+        written_by("red and more", lambda: signal.raise_signal(signal.SIGINT))
+    assert capsys.readouterr().out == "r\n"

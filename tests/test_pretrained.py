@@ -14,15 +14,20 @@ import torch
 from contract import BACKENDS, INTERPRETED, U32, U_DTYPE, Case, distance_at, each_dtype, run
 from gguf import GGUFReader, dequantize
 from huggingface_hub import constants
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from toy import make_model, make_tokenizer
 from toy_run import save_toy_model
 
 import softprompt_fast as spf
 from softprompt_fast import pretrained
+from softprompt_fast.export import export_peft
+from softprompt_fast.generate import generate
 from softprompt_fast.head import OutputHead, hidden_states
+from softprompt_fast.model import SoftPromptModel
 from softprompt_fast.native import is_native
 from softprompt_fast.pretrained import load_model, smollm2
+from softprompt_fast.prompting import tokenize_query
 
 pytestmark = pytest.mark.xdist_group("the real model")
 
@@ -265,6 +270,27 @@ def assert_exact(backends, teacher, start, weight, divergences):
             error = (gradient - exact_gradient).norm() / exact_gradient.norm()
             assert error <= U_DTYPE[dtype] + 8 * U32 * scale * growth, backend
             assert error <= 0.003, backend
+
+
+@pytest.mark.filterwarnings("ignore:Position ids are not supported")  # PEFT leaves them out
+def test_the_real_model_answers_through_peft_as_here(real, tmp_path):
+    """With the prompt inside its chat template; test_export.py has toys and both placements."""
+    model, tokenizer = load_model(real, device="cpu")
+    handbook = (Path(__file__).parents[1] / "examples" / "handbook.md").read_text()
+    config = spf.SoftPromptConfig(num_virtual_tokens=8)
+    student = SoftPromptModel(model, spf.SoftPrompt.from_model(model, tokenizer, config, handbook))
+    query = tokenize_query(tokenizer, [{"role": "user", "content": "When do you open?"}], "")
+    answer = generate(student, tokenizer, [query], max_new_tokens=8, show_progress=False)[0]
+    export_peft(student, tokenizer, tmp_path, at="", base=str(real), max_new_tokens=8)
+    ids = torch.tensor([query.after])
+    written = PeftModel.from_pretrained(model, tmp_path).generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=8,
+        do_sample=False,
+        use_cache=False,
+    )
+    assert tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True).strip() == answer
 
 
 def test_the_real_model_is_converted_once(real):
