@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
 
@@ -13,8 +14,21 @@ from transformers import GenerationConfig
 
 from .head import input_embedding
 
-# transformers' own default is to draw from the 50 most probable tokens.
-PLAIN_SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+
+@dataclass(kw_only=True, frozen=True)
+class Sampling:
+    """How tokens are drawn; by default a plain draw from the model's distribution."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    """Only the most probable tokens, as many as have this share of the probability."""
+
+    def options(self) -> dict[str, Any]:
+        # transformers' own default is to draw from the 50 most probable tokens.
+        return {"do_sample": True, "top_k": 0, **asdict(self)}
+
+
+PLAIN = Sampling()
 
 
 @torch.no_grad()
@@ -26,6 +40,7 @@ def write(
     max_new_tokens: int,
     end_ids: Sequence[int],
     do_sample: bool = False,
+    sampling: Sampling = PLAIN,
     past_key_values: Any = None,
     embeds: Tensor | None = None,
     streamer: Any = None,
@@ -45,7 +60,7 @@ def write(
             eos_token_id=list(end_ids) or None,
             pad_token_id=end_ids[0] if end_ids else 0,
             streamer=streamer,
-            **(PLAIN_SAMPLING if do_sample else {"do_sample": False}),
+            **(sampling.options() if do_sample else {"do_sample": False}),
         )
     return [_until_end(row, end_ids) for row in written[:, ids.shape[1] :].tolist()]
 

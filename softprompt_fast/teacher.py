@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .answers import Answer, SketchOptions, keep_sketches, keep_states
-from .decoding import end_ids, in_batches, write
+from .decoding import PLAIN, Sampling, end_ids, in_batches, write
 from .head import OutputHead, hidden_states, position_limit
 from .prefix_cache import Prefix
 from .prompting import Query, teacher_ids
@@ -54,11 +54,12 @@ class Teacher:
         max_new_tokens: int = 64,
         batch_size: int = 8,
         do_sample: bool = False,
+        sampling: Sampling = PLAIN,
         show_progress: bool = True,
     ) -> None:
         """Puts ``model`` into evaluation mode: with dropout, its answers would be another's.
 
-        do_sample: draw from the model's distribution instead of taking its maximum.
+        do_sample: draw from the model's distribution instead of taking its maximum; sampling: how.
         """
         for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
             if value < 1:
@@ -72,6 +73,7 @@ class Teacher:
         self.max_new_tokens = max_new_tokens
         self.batch_size = batch_size
         self.do_sample = do_sample
+        self.sampling = sampling
         self.show_progress = show_progress
         self.end_ids = end_ids(model, tokenizer)
 
@@ -175,6 +177,7 @@ class Teacher:
             max_new_tokens=self.max_new_tokens,
             end_ids=self.end_ids,
             do_sample=self.do_sample,
+            sampling=self.sampling,
             past_key_values=prefix.cache_for(len(ids)),
         )
         return {index: Answer(ids=row) for index, row in zip(indices, rows, strict=True)}

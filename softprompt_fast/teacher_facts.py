@@ -6,6 +6,7 @@ import hashlib
 import json
 from array import array
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .answers import SketchOptions
+from .decoding import PLAIN
 from .head import OutputHead
 from .prompting import Query
 from .sharded_base import whole
@@ -56,6 +58,8 @@ def teacher_facts(
         "temperature": None if sketch is None else sketch.temperature,
         "logit_scale": head.logit_scale,
         "softcap": head.softcap,
+        # Only where it is set: caches of before it could be set are as good as ever.
+        **({} if teacher.sampling == PLAIN else {"sampling": asdict(teacher.sampling)}),
     }
 
 
