@@ -14,13 +14,14 @@ from .console import closest, complain
 from .errors import UsageError, is_out_of_memory
 
 COMMANDS = {
+    "synthesize": "have the model write queries about a context, and answer them",
     "train": "learn a soft prompt that replaces a context",
     "eval": "compare it with the context, on held-out queries",
     "generate": 'answer a question with it: softprompt-fast generate --prompt_dir DIR "QUESTION"',
     "chat": "answer questions with it, line by line, and remember the conversation",
     "export": "hand it on to PEFT, to vLLM, or as plain safetensors",
 }
-SUMMARIES = "".join(f"  {name:<11}{summary}\n" for name, summary in COMMANDS.items())
+SUMMARIES = "".join(f"  {name:<12}{summary}\n" for name, summary in COMMANDS.items())
 USAGE = f"""usage: softprompt-fast COMMAND [--flags] [--config FILE.yaml]
 
 {SUMMARIES}
