@@ -70,9 +70,12 @@ def fault(
         return "too short"
     if not SENTENCES.fullmatch(query):
         return "unfinished"
+    words = normalized(query).split()
+    if len(words) > 2 * len(set(words)):
+        return "repetitive"
     if f" {normalized(query)} " in f" {normalized(read)} ":
         return "copied"
-    if not banned.isdisjoint(normalized(query).split()):
+    if not banned.isdisjoint(words):
         return "about an example"
     if about is not None and about.isdisjoint(subjects(query)) and not _has_short_words(query):
         return "off topic"

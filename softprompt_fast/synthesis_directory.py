@@ -64,7 +64,7 @@ class SynthesisDirectory:
     @property
     def is_finished(self) -> bool:
         state = self._state()
-        files = (self.path / name for name in state.get("files", []))
+        files = (self.path / str(name) for name in state.get("files", []))
         return state.get("status") == "finished" and all(file.is_file() for file in files)
 
     def start(self, facts: dict[str, Any]) -> None:
@@ -128,10 +128,7 @@ class SynthesisDirectory:
             )
 
     def _check_same(self, name: str, now: dict[str, Any]) -> None:
-        there = self._state().get(name, now)
-        if not isinstance(there, dict):
-            raise ValueError(f"{self.path / STATE_FILE} is damaged: {name} must be an object.")
-        differing = differing_facts(there, now)
+        differing = differing_facts(self._state().get(name, now), now)
         if differing:
             what = {"options": "with other options", "model": "by another model"}[name]
             raise ValueError(
@@ -141,7 +138,11 @@ class SynthesisDirectory:
 
     def _state(self) -> dict[str, Any]:
         file = self.path / STATE_FILE
-        return read_json(file) if file.is_file() else {}
+        state = read_json(file) if file.is_file() else {}
+        for name, kind in (("options", dict), ("model", dict), ("files", list)):
+            if not isinstance(state.get(name, kind()), kind):
+                raise ValueError(f"{file} is damaged: {name} must be of type {kind.__name__}.")
+        return state
 
     def _write(self, status: str, **facts: Any) -> None:
         state = {"format_version": FORMAT_VERSION, "status": status, "options": self.options}
@@ -172,8 +173,8 @@ def _unsealed(line: bytes) -> dict[str, Any] | None:
     """None if this is not what was written."""
     try:
         sealed = json.loads(line)
-        same = sealed["sha256"] == _sha256(sealed["entry"])
-        return json.loads(sealed["entry"]) if same else None
+        entry = json.loads(sealed["entry"])
+        return entry if sealed["sha256"] == _sha256(sealed["entry"]) else None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 

@@ -73,10 +73,19 @@ def tokenize_queries(tokenizer: Any, texts: Sequence[str], context: str) -> list
     ]
 
 
-def check_context_fits(teacher: Teacher, tokenizer: Any, context: str, query_tokens: int) -> None:
+def longest_query(tokenizer: Any, max_query_tokens: int) -> int:
+    """In tokens: its opening, and what the model writes after it."""
+    openings = (opening for kind in KINDS.values() for opening in kind.openings)
+    return max_query_tokens + max(len(tokenize_answer(tokenizer, text, ())) for text in openings)
+
+
+def check_context_fits(
+    teacher: Teacher, tokenizer: Any, context: str, max_query_tokens: int
+) -> None:
     """Raises ValueError if the model cannot read the context, a query and its answer."""
     limit = position_limit(teacher.model)
-    asked = len(teacher_ids(tokenize_queries(tokenizer, ["?"], context)[0])) + query_tokens
+    asked = len(teacher_ids(tokenize_queries(tokenizer, ["?"], context)[0]))
+    asked += longest_query(tokenizer, max_query_tokens)
     if limit is not None and asked + teacher.max_new_tokens > limit:
         raise ValueError(
             f"the context and a query take up to {asked} tokens and the answer up to "
@@ -148,7 +157,8 @@ class Writer:
             for kind in kinds
             for wording in range(len(KINDS[kind].instructions))
         )
-        asked, query = max(prompts), self.teacher.max_new_tokens
+        asked = max(prompts)
+        query = longest_query(self.tokenizer, self.teacher.max_new_tokens)
         if limit is not None and asked + query > limit:
             raise ValueError(
                 f"a chunk and what is asked about it take {asked} tokens and the query up to "

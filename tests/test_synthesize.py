@@ -51,9 +51,10 @@ def test_no_word_is_cut(words):
     assert [word for chunk in chunks for word in chunk.split()] == " ".join(words).split()
 
 
-def test_paragraphs_are_the_best_places_to_cut():
-    text = "One. Two.\nThree.\n\nFour. Five.\nSix."
-    assert cut_into_chunks(text, 20, len) == ["One. Two.\nThree.\n\n", "Four. Five.\nSix."]
+@pytest.mark.parametrize("best", ["\n\n", "\n", ". "])
+def test_paragraphs_then_lines_then_sentences_are_the_places_to_cut(best):
+    parts = ["One two three four" + best, "five six seven eight nine ten"]
+    assert cut_into_chunks("".join(parts), 30, len) == parts
 
 
 # Texts
@@ -103,6 +104,7 @@ def test_any_text_is_cleaned_to_one_line_once_and_for_all(text):
         ("How do I water a fern on a Monday?", "about an example"),
         ("What would they like there?", "off topic"),
         ("What do members pay?", None),
+        ("Do members pay or do members pay or do members pay or do members pay?", "repetitive"),
     ],
 )
 def test_what_is_no_query(query, problem):
