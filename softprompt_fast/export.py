@@ -178,9 +178,9 @@ def _embed(model: SoftPromptModel, ids: list[int]) -> Tensor:
 
 
 def _base64(embeds: Tensor) -> str:
-    """``torch.save`` as text; of a view it would save all that the view is a part of."""
+    """``torch.save`` as text."""
     file = io.BytesIO()
-    torch.save(embeds.detach().cpu().clone(), file)
+    torch.save(embeds.detach().cpu(), file)
     return base64.b64encode(file.getvalue()).decode()
 
 
