@@ -12,17 +12,17 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PrinterCallback, ProgressCallback, set_seed
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, set_seed
 
 from ..arguments import SoftPromptTrainingArguments
 from ..bounds import check_at_least
 from ..checkpoints import last_good_checkpoint, rotate_checkpoints
 from ..console import progress, say
-from ..data import read_jsonl, read_text
+from ..data import Record, read_jsonl, read_text
 from ..examples import check_contexts, make_examples
 from ..files import named_failures
 from ..head import OutputHead
-from ..model import SoftPromptModel
+from ..model import SoftPromptModel, TrainingExample
 from ..preflight import check_data, check_options
 from ..pretrained import check_dtype, load_model
 from ..progress import TrainingProgress
@@ -107,6 +107,31 @@ FREE_OPTIONS = frozenset(
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """What the files of a run hold."""
+
+    records: list[Record]
+    eval_records: list[Record]
+    context: str | None
+    digests: dict[str, str | None]
+    """SHA-256 by the name of the option, so that files may move. None: there is no such file."""
+
+    @property
+    def first_context(self) -> str | None:
+        return self.context or self.records[0].context
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lessons:
+    """What the teacher made of the data, for any number of prompts."""
+
+    train_set: list[TrainingExample]
+    eval_set: list[TrainingExample] | None
+    teacher: Teacher | None
+    """Where it is asked again at every step."""
+
+
 def train(
     options: TrainOptions,
     config: SoftPromptConfig,
@@ -118,35 +143,9 @@ def train(
     Raises ValueError or OSError, before the model loads wherever that can be known.
     """
     check_options(options, config, args)
-    digests = {"train_file": hashlib.sha256(), "context_file": hashlib.sha256()}
-    context = None
-    if options.context_file is not None:
-        context = read_text(options.context_file, digests["context_file"])
-    records = read_jsonl(options.train_file, digests["train_file"])
-    eval_records = [] if options.eval_file is None else read_jsonl(options.eval_file)
-    check_contexts([*records, *eval_records], context)
-    check_data(args, len(records))
-    inputs = run_inputs(options)
-    decisive = {
-        name: value for name, value in invocation.changed.items() if name not in FREE_OPTIONS
-    }
-    decisive["model"] = inputs["model"]
-    # By their content, so that files may move.
-    for name, digest in digests.items():
-        if inputs[name] is not None:
-            decisive[f"{name}_sha256"] = digest.hexdigest()
-    if args.world_size > 1:
-        # They share out a batch, or each reads one: a run goes on with as many as it began with.
-        decisive["num_processes"] = args.world_size
-    is_first_process = args.process_index == 0
-    with args.main_process_first(local=False):
-        directory = RunDirectory(
-            args.output_dir or "",
-            decisive,
-            inputs=inputs,
-            overwrite=options.overwrite_output_dir,
-            owner=is_first_process,
-        )
+    data = read_data(options)
+    check_data(args, len(data.records))
+    directory = open_directory(options, args, data, invocation.changed)
     if directory.is_finished:
         say(f"{directory.path} holds the soft prompt of this run: nothing is left to train.")
         say("Pass --overwrite_output_dir to train anew.")
@@ -155,8 +154,61 @@ def train(
     if args.world_size > 1:
         atexit.register(_leave_process_group)
     cache = None if options.teacher_cache is None else TeacherCache(options.teacher_cache)
-    args.dataloader_pin_memory = args.device.type == "cuda"  # elsewhere it is a mere warning
-    args.disable_tqdm = args.disable_tqdm or not is_first_process
+    args.disable_tqdm = args.disable_tqdm or not directory.owner
+    model, tokenizer = load(options, args)
+    prompt = SoftPrompt.from_model(model, tokenizer, config, data.first_context)
+    lessons = teach(model, tokenizer, options, args, data, cache)
+    student = SoftPromptModel(model, prompt)
+    anew = options.overwrite_output_dir
+    return train_prompt(student, lessons, args, directory, invocation.stop, anew=anew)
+
+
+def read_data(options: TrainOptions) -> Data:
+    digests = {name: hashlib.sha256() for name in ("train_file", "context_file", "eval_file")}
+    context = None
+    if options.context_file is not None:
+        context = read_text(options.context_file, digests["context_file"])
+    records = read_jsonl(options.train_file, digests["train_file"])
+    eval_records = []
+    if options.eval_file is not None:
+        eval_records = read_jsonl(options.eval_file, digests["eval_file"])
+    check_contexts([*records, *eval_records], context)
+    return Data(
+        records=records,
+        eval_records=eval_records,
+        context=context,
+        digests={
+            name: None if getattr(options, name) is None else digest.hexdigest()
+            for name, digest in digests.items()
+        },
+    )
+
+
+def open_directory(
+    options: TrainOptions, args: SoftPromptTrainingArguments, data: Data, changed: dict[str, Any]
+) -> RunDirectory:
+    """The output directory of a run whose user gave the options ``changed``."""
+    inputs = run_inputs(options)
+    decisive = {name: value for name, value in changed.items() if name not in FREE_OPTIONS}
+    decisive["model"] = inputs["model"]
+    for name in ("train_file", "context_file"):
+        if data.digests[name] is not None:
+            decisive[f"{name}_sha256"] = data.digests[name]
+    if args.world_size > 1:
+        # They share out a batch, or each reads one: a run goes on with as many as it began with.
+        decisive["num_processes"] = args.world_size
+    with args.main_process_first(local=False):
+        return RunDirectory(
+            args.output_dir or "",
+            decisive,
+            inputs=inputs,
+            overwrite=options.overwrite_output_dir,
+            owner=args.process_index == 0,
+        )
+
+
+def load(options: TrainOptions, args: SoftPromptTrainingArguments) -> tuple[PreTrainedModel, Any]:
+    """The frozen model and its tokenizer."""
     set_seed(args.seed)
     model, tokenizer = load_model(
         options.model,
@@ -166,7 +218,18 @@ def train(
         shard=options.shard_base and args.world_size > 1,
     )
     progress(f"The model computes in {str(model.dtype).removeprefix('torch.')} on {model.device}")
-    prompt = SoftPrompt.from_model(model, tokenizer, config, context or records[0].context)
+    return model, tokenizer
+
+
+def teach(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    options: TrainOptions,
+    args: SoftPromptTrainingArguments,
+    data: Data,
+    cache: TeacherCache | None,
+) -> Lessons:
+    """Has the teacher answer, and keeps of it what the objective of ``args`` needs."""
     teacher = Teacher(
         model,
         tokenizer,
@@ -177,22 +240,45 @@ def train(
     head = OutputHead.from_model(model)
     store = choose_store(options.teacher_store, args, top_k=options.teacher_top_k, head=head)
     progress(str(store))
-    sets = [records, eval_records] if args.eval_strategy != "no" and eval_records else [records]
+    evaluates = args.eval_strategy != "no" and data.eval_records
     train_set, *eval_sets = [
-        make_examples(teacher, tokenizer, part, context, cache=cache, together=True, **store.record)
-        for part in sets
+        make_examples(
+            teacher, tokenizer, part, data.context, cache=cache, together=True, **store.record
+        )
+        for part in ([data.records, data.eval_records] if evaluates else [data.records])
     ]
-    trainer = SoftPromptTrainer(
-        model=SoftPromptModel(model, prompt),
-        args=args,
-        train_dataset=train_set,
-        eval_dataset=eval_sets[0] if eval_sets else None,
+    return Lessons(
+        train_set=train_set,
+        eval_set=eval_sets[0] if eval_sets else None,
         teacher=teacher if store.kind == "online" else None,
-        callbacks=[invocation.stop],
+    )
+
+
+def train_prompt(
+    student: SoftPromptModel,
+    lessons: Lessons,
+    args: SoftPromptTrainingArguments,
+    directory: RunDirectory,
+    stop: StopOnSignal,
+    *,
+    anew: bool,
+) -> int:
+    """Trains ``student.prompt``, or goes on with it, and saves it; the exit code.
+
+    anew: the user asked for it, so the same command would not go on after a stop.
+    """
+    args.dataloader_pin_memory = args.device.type == "cuda"  # elsewhere it is a mere warning
+    trainer = SoftPromptTrainer(
+        model=student,
+        args=args,
+        train_dataset=lessons.train_set,
+        eval_dataset=lessons.eval_set,
+        teacher=lessons.teacher,
+        callbacks=[stop],
     )
     directory.start()
     trainer.accelerator.wait_for_everyone()
-    return _run(trainer, prompt, directory, invocation.stop, anew=options.overwrite_output_dir)
+    return _run(trainer, student.prompt, directory, stop, anew=anew)
 
 
 def _leave_process_group() -> None:
