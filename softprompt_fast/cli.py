@@ -16,6 +16,7 @@ from .errors import UsageError, is_out_of_memory
 COMMANDS = {
     "synthesize": "have the model write queries about a context, and answer them",
     "train": "learn a soft prompt that replaces a context",
+    "sweep": "learn one for each of several lengths and objectives, and draw how faithful they are",
     "eval": "compare it with the context, on held-out queries",
     "generate": 'answer a question with it: softprompt-fast generate --prompt_dir DIR "QUESTION"',
     "chat": "answer questions with it, line by line, and remember the conversation",

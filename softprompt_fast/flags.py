@@ -37,9 +37,15 @@ def run_command(name: str, arguments: list[str], given: dict[str, Any]) -> int:
         argument = values.pop(command.argument.name) if command.argument else None
         if SoftPromptTrainingArguments in command.options:
             _finish_training_arguments(values)
-        options = _build(parser, values)
-        changed = {n: values[n] for n in sorted(typed) if values[n] != parser.get_default(n)}
-        return command.run(*options, Invocation(changed=changed, argument=argument, stop=stop))
+        for several in command.several:
+            if not isinstance(values[several], list):  # the default
+                values[several] = [values[several]]
+        runs = []
+        for one in command.split(values) if command.split else [values]:
+            changed = {n: one[n] for n in sorted(typed) if one[n] != parser.get_default(n)}
+            invocation = Invocation(changed=changed, argument=argument, stop=stop)
+            runs.append((*_build(parser, one), invocation))
+        return command.run(runs) if command.split else command.run(*runs[0])
     finally:
         stop.uninstall()
 
@@ -65,6 +71,8 @@ def _parser(name: str, command: Command) -> Parser:
         allow_abbrev=False,
     )
     parser.add_argument("--config", help="YAML file of these flags; flags given besides it win")
+    for name in command.several:
+        parser._option_string_actions[f"--{name}"].nargs = "+"
     argument = command.argument
     if argument is not None:
         shown = argument.name.upper() if argument.required else f'["{argument.name.upper()}"]'

@@ -41,3 +41,10 @@ class Command:
     """From one object of each of ``options`` and an ``Invocation`` to the exit code."""
 
     argument: Argument | None = None
+
+    several: tuple[str, ...] = ()
+    """Flags that take several values each."""
+
+    split: Callable[[dict[str, Any]], list[dict[str, Any]]] | None = None
+    """With ``several``: from the values of all flags, lists of them for these, to the values of one
+    run after another. Then ``run`` gets a list: of what it would get of each run alone."""

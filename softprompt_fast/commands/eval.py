@@ -50,7 +50,8 @@ def evaluate_prompt(options: EvalOptions, invocation: Invocation) -> int:
             f"{options.prompt_dir} names no held-out queries: pass --eval_file, a JSON Lines file "
             "of queries that the prompt was not trained on"
         )
-    records = read_jsonl(inputs["eval_file"])
+    digest = hashlib.sha256()
+    records = read_jsonl(inputs["eval_file"], digest)
     context, is_context_of_training = _context(options, run, inputs["context_file"])
     check_contexts(records, context)
     model, tokenizer, prompt = load_prompt(options, inputs)
@@ -65,10 +66,9 @@ def evaluate_prompt(options: EvalOptions, invocation: Invocation) -> int:
         num_samples=options.num_samples,
         workspace_mib=options.workspace_mib,
     )
-    report["objective"] = run.get("objective")
-    report["eval_file"] = str(inputs["eval_file"])
+    add_facts(report, options.prompt_dir, inputs["eval_file"])
+    report["eval_file_sha256"] = digest.hexdigest()
     report["context_of_training"] = is_context_of_training
-    report["training_curve"] = training_curve(options.prompt_dir)
     console = Console()
     if report["answers"]:
         console.print(side_by_side(report))
@@ -82,6 +82,13 @@ def evaluate_prompt(options: EvalOptions, invocation: Invocation) -> int:
     write_bytes(file.with_suffix(".html"), page(report, drawn).encode())
     say(f"Written to {file}, with pictures; look at {file.with_suffix('.html')}")
     return 0
+
+
+def add_facts(report: dict[str, Any], prompt_dir: str | Path, eval_file: str) -> None:
+    """What a report says of the run besides the measurements."""
+    report["objective"] = read_run(prompt_dir).get("objective")
+    report["eval_file"] = str(eval_file)
+    report["training_curve"] = training_curve(prompt_dir)
 
 
 def _context(
