@@ -157,12 +157,14 @@ def test_only_what_is_missing_is_made_again(folder, asked, tmp_path):
     """The teacher's cache serves all objectives, also if those that need most of it are done."""
     directory = shutil.copytree(folder / "sweep", tmp_path / "sweep")
     shutil.rmtree(directory / "nll_P4")
-    (directory / "kl_P2/evaluation.json").write_text("{damaged")
+    (directory / "nll_P2/evaluation.json").write_text("{damaged")
+    trained = (directory / "nll_P2" / WEIGHTS).stat().st_mtime_ns
     asked.clear()
     assert main([*sweep_flags(folder), f"--output_dir={directory}"]) == 0
     assert weights(directory) == weights(folder / "sweep")
     curves = [read(path / "sweep.json") for path in (directory, folder / "sweep")]
     assert without_seconds(curves[0]) == without_seconds(curves[1])
+    assert (directory / "nll_P2" / WEIGHTS).stat().st_mtime_ns == trained
     assert asked["train.jsonl"] == 0
 
 
