@@ -29,10 +29,16 @@ from ..report.tables import curve_table
 from ..soft_prompt import SoftPromptConfig
 from ..sweep import SWEPT
 from . import Command, Invocation
-from .sweep_runs import CACHE_DIRECTORY, CURVE_FILE, finish_runs, open_run, write_curve
+from .sweep_runs import (
+    CACHE_DIRECTORY,
+    CURVE_FILE,
+    PICTURE_FILE,
+    finish_runs,
+    open_run,
+    write_curve,
+)
 from .train import TrainOptions, read_data
 
-PICTURE_FILE = "sweep.png"
 LOCK_FILE = ".sweep.lock"
 RUN_NAME = re.compile(r".+_P\d+")
 
@@ -73,7 +79,9 @@ def sweep(
     """
     options, _, args, invocation = calls[0]
     if args.world_size > 1:
-        raise UsageError(f"sweep runs in one process: got {args.world_size}. Start it by itself")
+        raise UsageError(
+            f"sweep runs in one process: got {args.world_size}. Start it without a launcher"
+        )
     for call in calls:
         check_options(*call[:3])
     data = read_data(options)

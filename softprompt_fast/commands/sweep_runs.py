@@ -22,7 +22,8 @@ from . import Invocation
 from .eval import add_facts
 from .train import Data, Lessons, TrainOptions, load, open_directory, teach, train_prompt
 
-CURVE_FILE, CACHE_DIRECTORY = "sweep.json", "teacher_cache"
+CURVE_FILE, PICTURE_FILE = "sweep.json", "sweep.png"
+CACHE_DIRECTORY = "teacher_cache"
 
 
 @dataclass(kw_only=True, eq=False)
@@ -88,6 +89,8 @@ def finish_runs(runs: list[Run], data: Data, facts: dict[str, Any], invocation: 
     # All at once: after a stop, the same command without --overwrite_output_dir finds no old run.
     for run in untrained:
         run.directory.start()
+    if options.overwrite_output_dir:
+        (directory / PICTURE_FILE).unlink(missing_ok=True)
     write_curve(runs, directory)
     for number, run in enumerate(left, 1):
         progress(f"{run.path.name}, {number} of {len(left)} runs that are left")
