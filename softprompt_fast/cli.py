@@ -18,6 +18,7 @@ COMMANDS = {
     "train": "learn a soft prompt that replaces a context",
     "sweep": "learn one for each of several lengths and objectives, and draw how faithful they are",
     "eval": "compare it with the context, on held-out queries",
+    "doctor": "explain a run that did not learn: softprompt-fast doctor DIR",
     "generate": 'answer a question with it: softprompt-fast generate --prompt_dir DIR "QUESTION"',
     "chat": "answer questions with it, line by line, and remember the conversation",
     "export": "hand it on to PEFT, to vLLM, or as plain safetensors",

@@ -18,19 +18,11 @@ from transformers import PreTrainedModel
 
 from .head import OutputHead, hidden_states
 from .losses import linear_nll
-from .prompting import Query, cut_context
+from .prompting import Query
 
 FULL, NONE, SOFT = "full context", "no context", "soft prompt"
 CUT, PRUNED = "cut context", "pruned context"
 CONDITIONS = (FULL, NONE, CUT, PRUNED, SOFT)
-
-
-def without_context(queries: Sequence[Query]) -> list[Query]:
-    return [replace(query, before=[], context=[], after=query.plain) for query in queries]
-
-
-def with_cut_context(queries: Sequence[Query], num_tokens: int) -> list[Query]:
-    return [cut_context(query, num_tokens) for query in queries]
 
 
 def with_pruned_context(

@@ -24,9 +24,7 @@ from .conditions import (
     NONE,
     PRUNED,
     SOFT,
-    with_cut_context,
     with_pruned_context,
-    without_context,
 )
 from .data import Record
 from .examples import make_examples
@@ -34,7 +32,7 @@ from .generate import generate
 from .metrics import QUANTILES, Tokens, series, summary, token_metrics, tokens_by_position
 from .model import SoftPromptModel
 from .nearest import nearest_tokens
-from .prompting import Query
+from .prompting import Query, cut_context, without_context
 from .soft_prompt import SoftPrompt
 from .teacher import Teacher
 from .text import pieces
@@ -139,8 +137,8 @@ class Evaluation:
     def _asked(self, queries: Sequence[Query], num_tokens: int) -> dict[str, list[Query]]:
         """The queries as the conditions without virtual tokens ask them."""
         return {
-            NONE: without_context(queries),
-            CUT: with_cut_context(queries, num_tokens),
+            NONE: [without_context(query) for query in queries],
+            CUT: [cut_context(query, num_tokens) for query in queries],
             PRUNED: with_pruned_context(self.model, queries, num_tokens),
         }
 

@@ -17,6 +17,9 @@ from .teacher_cache import TeacherCache
 from .teacher_facts import teacher_facts
 from .teacher_store import sketch_problem
 
+# From this share on, cut answers are said with what to do: the prompt seldom learns how one ends.
+OFTEN_CUT = 0.2
+
 
 def make_examples(
     teacher: Teacher,
@@ -51,16 +54,25 @@ def make_examples(
     else:
         facts = teacher_facts(teacher, tokenizer, context, **form)
         answers = cache.answers(teacher, queries, given, facts, **form)
-    cut = sum(
-        given_ids is None and answer.ids[-1] not in teacher.end_ids
-        for given_ids, answer in zip(given, answers, strict=True)
-    )
+    examples = [TrainingExample(query=q, answer=a) for q, a in zip(queries, answers, strict=True)]
+    cut = count_cut(records, examples, teacher)
     if cut:
+        advice = "; --max_new_tokens takes more" if cut >= OFTEN_CUT * len(records) else ""
         progress(
             f"{cut} of {len(records)} answers of the teacher reached max_new_tokens="
-            f"{teacher.max_new_tokens} and were cut there"
+            f"{teacher.max_new_tokens} and were cut there{advice}"
         )
-    return [TrainingExample(query=q, answer=a) for q, a in zip(queries, answers, strict=True)]
+    return examples
+
+
+def count_cut(
+    records: Sequence[Record], examples: Sequence[TrainingExample], teacher: Teacher
+) -> int:
+    """How many answers are the teacher's and stop at its max_new_tokens."""
+    return sum(
+        record.completion is None and example.answer.ids[-1] not in teacher.end_ids
+        for record, example in zip(records, examples, strict=True)
+    )
 
 
 def tokenize_records(tokenizer, records: Sequence[Record], context: str | None) -> list[Query]:

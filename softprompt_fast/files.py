@@ -139,7 +139,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Raises ValueError naming the file if it is not one JSON object."""
     try:
         value = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}.") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object: got {type(value).__name__}.")

@@ -38,6 +38,11 @@ def check_options(
         raise UsageError(
             "--overwrite_output_dir trains anew, and --resume_from_checkpoint does not: give one"
         )
+    if options.find_lr and args.world_size > 1:
+        raise UsageError(
+            f"find_lr runs in one process: got {args.world_size}. Start it without a launcher, and "
+            "multiply gradient_accumulation_steps by their number for batches of the same size"
+        )
     choose_store(options.teacher_store, args, top_k=options.teacher_top_k, head=None)
     if options.teacher_cache is not None:
         _check_apart(str(args.output_dir), options.teacher_cache)

@@ -112,6 +112,11 @@ def teacher_ids(query: Query) -> list[int]:
     return query.before + query.context + query.after
 
 
+def without_context(query: Query) -> Query:
+    """The query as one asks it who has no context at all."""
+    return replace(query, before=[], context=[], after=query.plain)
+
+
 def cut_context(query: Query, num_tokens: int) -> Query:
     """The query with the context cut to its first ``num_tokens``."""
     return replace(query, context=query.context[:num_tokens])

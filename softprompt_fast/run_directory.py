@@ -15,9 +15,9 @@ from typing import IO, Any
 
 from .files import leftovers, make_writable, read_json, write_json
 from .soft_prompt import FACTS_FILE, PEFT_FILE, WEIGHTS_FILE
+from .training_log import TRAINING_LOG_FILE
 
 RUN_FILE = "run.json"
-TRAINING_LOG_FILE = "training_log.json"
 EVALUATION_FILE = "evaluation.json"
 LOCK_FILE = ".lock"
 EVALUATION_FILES = (EVALUATION_FILE, "evaluation.html", "evaluation_*.png")  # patterns
@@ -73,6 +73,8 @@ class RunDirectory:
                 for file in self.path.glob(pattern):
                     file.unlink()
             self.overwrite = False
+        # Of the part of this run that ended early; the checkpoints know what is in it.
+        (self.path / TRAINING_LOG_FILE).unlink(missing_ok=True)
         self._write("training")
 
     def finish(self, **facts: Any) -> None:
@@ -123,23 +125,6 @@ def read_run(path: str | os.PathLike[str]) -> dict[str, Any]:
         if value is not None:
             _check_kind(file, name, value, int if name == "max_new_tokens" else str)
     return run
-
-
-def training_curve(path: str | os.PathLike[str]) -> dict[str, list[float]] | None:
-    """The losses that training_log.json holds, by step; None where there is none."""
-    file = Path(path) / TRAINING_LOG_FILE
-    if not file.is_file():
-        return None
-    log = read_json(file)
-    for name in ("steps", "evaluations"):
-        _check_kind(file, name, log.get(name), list)
-    steps, evaluations = log["steps"], log["evaluations"]
-    return {
-        "step": [entry["step"] for entry in steps],
-        "loss": [entry["loss"] for entry in steps],
-        "eval_step": [entry["step"] for entry in evaluations],
-        "eval_loss": [entry["loss"] for entry in evaluations],
-    }
 
 
 def _check_kind(file: Path, name: str, value: Any, kind: type) -> None:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from . import losses, reference
@@ -28,17 +27,19 @@ from .checkpoints import (
     write_manifest,
 )
 from .examples import check_examples
+from .logged_trainer import LoggedTrainer
 from .model import IGNORE, SoftPromptModel, TrainingExample, scaled
 from .sharded_base import in_lockstep, sharded_parameters
 from .sharding import own_share, shared_loader
 from .sketch import TeacherSketch
 from .soft_prompt import SoftPrompt
 from .teacher import Reading, Teacher
+from .training_log import TRAINING_LOG_FILE
 
 Datasets = Sequence[TrainingExample] | dict[str, Sequence[TrainingExample]]
 
 
-class SoftPromptTrainer(Trainer):
+class SoftPromptTrainer(LoggedTrainer):
     """Trains ``model.prompt`` on ``TrainingExample`` lists."""
 
     model: SoftPromptModel
@@ -156,10 +157,20 @@ class SoftPromptTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """The mean over all answer tokens of the dataset, each read by one of the processes."""
-        args, dataset = self.args, cast(Sequence[TrainingExample], dataloader.dataset)
-        check_examples("eval_dataset", dataset, self.model, args, self.teacher)
+        """The loss, and nothing else."""
+        dataset = cast(Sequence[TrainingExample], dataloader.dataset)
+        check_examples("eval_dataset", dataset, self.model, self.args, self.teacher)
         self.callback_handler.eval_dataloader = dataloader
+        return EvalLoopOutput(
+            predictions=cast(Any, None),
+            label_ids=None,
+            metrics={f"{metric_key_prefix}_loss": self.mean_loss(dataset)},
+            num_samples=len(dataset),
+        )
+
+    def mean_loss(self, dataset: Sequence[TrainingExample]) -> float:
+        """The mean over all answer tokens of the dataset, each read by one of the processes."""
+        args = self.args
         was_training = self.model.training
         self.model.eval()
         total = tokens = 0.0
@@ -175,12 +186,7 @@ class SoftPromptTrainer(Trainer):
         self.model.train(was_training)
         sums = self.accelerator.gather(torch.tensor([[total, tokens]], device=args.device))
         total, tokens = cast(Tensor, sums).double().sum(dim=0).tolist()
-        return EvalLoopOutput(
-            predictions=cast(Any, None),
-            label_ids=None,
-            metrics={f"{metric_key_prefix}_loss": total / tokens},
-            num_samples=len(dataset),
-        )
+        return total / tokens
 
     def _summed_loss(
         self, model: torch.nn.Module, inputs: dict[str, Any], gradient_scale: float = 1.0
@@ -226,6 +232,7 @@ class SoftPromptTrainer(Trainer):
     def _objective(
         self, hidden: Tensor, targets: Tensor, teacher: Tensor | TeacherSketch | None
     ) -> Tensor:
+        """Summed over T tokens.    hidden: [T, D]    targets: [T]    teacher: over [T]"""
         args = self.args
         head = self.model.head
         options = {"temperature": args.temperature, "reduction": "sum", **head.loss_options()}
@@ -254,10 +261,13 @@ class SoftPromptTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
+        log = self.read_training_log()
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             run_dir = Path(self._get_output_dir(trial=trial))
-            write_manifest(run_dir / f"checkpoint-{self.state.global_step}")
+            checkpoint = run_dir / f"checkpoint-{self.state.global_step}"
+            log.write(checkpoint / TRAINING_LOG_FILE)
+            write_manifest(checkpoint)
             rotate_checkpoints(run_dir, limit, self.state.best_model_checkpoint)
 
     def _load_from_checkpoint(
@@ -265,6 +275,7 @@ class SoftPromptTrainer(Trainer):
     ) -> None:
         verify_checkpoint(resume_from_checkpoint)
         self._load_prompt(resume_from_checkpoint)
+        self.load_training_log(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         self._load_prompt(str(self.state.best_model_checkpoint))

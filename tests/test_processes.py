@@ -109,6 +109,10 @@ def test_two_processes_train_as_one(done, name):
         assert two == pytest.approx(one, rel=1e-5)
     prompts = [load_file(run / WEIGHTS) for run in (alone, together)]
     torch.testing.assert_close(*prompts, rtol=1e-5, atol=1e-6)
+    logs = [json.loads((run / "training_log.json").read_text()) for run in (alone, together)]
+    for one, two in zip(*(log.pop("steps") + log.pop("evaluations") for log in logs), strict=True):
+        assert two == pytest.approx(one, rel=1e-5)
+    assert logs[1] == pytest.approx(logs[0], rel=1e-5)
 
 
 def test_one_of_them_speaks(done):

@@ -204,6 +204,7 @@ def test_a_checkpoint_holds_the_prompt_and_no_base(tmp_path):
         "scheduler.pt",
         "rng_state.pth",
         "trainer_state.json",
+        "training_log.json",
         "manifest.json",
     }
     saved = SoftPrompt.from_pretrained(tmp_path / "checkpoint-6", trainer.model.base)

@@ -18,7 +18,8 @@ from ..files import write_bytes, write_json
 from ..report.page import page
 from ..report.plots import pictures
 from ..report.tables import side_by_side, table
-from ..run_directory import EVALUATION_FILE, read_run, training_curve
+from ..run_directory import EVALUATION_FILE, read_run
+from ..training_log import TRAINING_LOG_FILE, TrainingLog
 from . import Command, Invocation
 from .saved_prompt import PromptOptions, load_prompt, recorded_inputs
 
@@ -54,6 +55,7 @@ def evaluate_prompt(options: EvalOptions, invocation: Invocation) -> int:
     records = read_jsonl(inputs["eval_file"], digest)
     context, is_context_of_training = _context(options, run, inputs["context_file"])
     check_contexts(records, context)
+    facts = facts_of_run(options.prompt_dir, inputs["eval_file"])
     model, tokenizer, prompt = load_prompt(options, inputs)
     report = evaluate(
         model,
@@ -66,7 +68,7 @@ def evaluate_prompt(options: EvalOptions, invocation: Invocation) -> int:
         num_samples=options.num_samples,
         workspace_mib=options.workspace_mib,
     )
-    add_facts(report, options.prompt_dir, inputs["eval_file"])
+    report |= facts
     report["eval_file_sha256"] = digest.hexdigest()
     report["context_of_training"] = is_context_of_training
     console = Console()
@@ -84,11 +86,14 @@ def evaluate_prompt(options: EvalOptions, invocation: Invocation) -> int:
     return 0
 
 
-def add_facts(report: dict[str, Any], prompt_dir: str | Path, eval_file: str) -> None:
+def facts_of_run(prompt_dir: str | Path, eval_file: str) -> dict[str, Any]:
     """What a report says of the run besides the measurements."""
-    report["objective"] = read_run(prompt_dir).get("objective")
-    report["eval_file"] = str(eval_file)
-    report["training_curve"] = training_curve(prompt_dir)
+    log = Path(prompt_dir) / TRAINING_LOG_FILE
+    return {
+        "objective": read_run(prompt_dir).get("objective"),
+        "eval_file": str(eval_file),
+        "training_curve": TrainingLog.read(log).curve() if log.is_file() else None,
+    }
 
 
 def _context(

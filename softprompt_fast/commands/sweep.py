@@ -54,6 +54,8 @@ def runs_of(values: dict[str, Any]) -> list[dict[str, Any]]:
             "resume_from_checkpoint is of one run, and a sweep has several: leave it out, and each "
             "goes on from its own last checkpoint"
         )
+    if values["find_lr"]:
+        raise UsageError("find_lr is of one run: call softprompt-fast train --find_lr")
     for name in SWEPT:
         value, count = Counter(values[name]).most_common(1)[0]
         if count > 1:

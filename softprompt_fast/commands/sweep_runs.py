@@ -19,8 +19,9 @@ from ..soft_prompt import SoftPrompt, SoftPromptConfig
 from ..sweep import compression_curve, is_measured
 from ..teacher_cache import TeacherCache
 from . import Invocation
-from .eval import add_facts
-from .train import Data, Lessons, TrainOptions, load, open_directory, teach, train_prompt
+from .eval import facts_of_run
+from .train import Data, TrainOptions, load, open_directory, teach
+from .training_run import Lessons, train_prompt
 
 CURVE_FILE, PICTURE_FILE = "sweep.json", "sweep.png"
 CACHE_DIRECTORY = "teacher_cache"
@@ -117,8 +118,8 @@ def _measure(run: Run, evaluation: Evaluation, facts: dict[str, Any]) -> None:
     started = time.perf_counter()
     report = evaluation.report(run.student.prompt, num_samples=0)
     report["seconds"] = round(time.perf_counter() - started, 1)
-    add_facts(report, run.path, run.directory.inputs["eval_file"])
-    write_json(run.path / EVALUATION_FILE, report | facts)
+    report |= facts_of_run(run.path, run.directory.inputs["eval_file"]) | facts
+    write_json(run.path / EVALUATION_FILE, report)
     run.is_measured = True
     row = report["conditions"][SOFT]
     recovered = row["kl_recovered"]

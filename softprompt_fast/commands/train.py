@@ -5,35 +5,29 @@ from __future__ import annotations
 import atexit
 import hashlib
 import os
-import time
-import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import transformers
-from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, set_seed
+from transformers import PreTrainedModel, set_seed
 
 from ..arguments import SoftPromptTrainingArguments
 from ..bounds import check_at_least
-from ..checkpoints import last_good_checkpoint, rotate_checkpoints
 from ..console import progress, say
 from ..data import Record, read_jsonl, read_text
-from ..examples import check_contexts, make_examples
-from ..files import named_failures
+from ..examples import check_contexts, count_cut, make_examples
+from ..find_lr import find_lr
 from ..head import OutputHead
-from ..model import SoftPromptModel, TrainingExample
+from ..model import SoftPromptModel
 from ..preflight import check_data, check_options
 from ..pretrained import check_dtype, load_model
-from ..progress import TrainingProgress
 from ..run_directory import RunDirectory
-from ..signals import StopOnSignal
 from ..soft_prompt import SoftPrompt, SoftPromptConfig
 from ..teacher import Teacher
 from ..teacher_cache import TeacherCache
 from ..teacher_store import Store, choose_store
-from ..trainer import SoftPromptTrainer
 from . import Command, Invocation
+from .training_run import Lessons, train_prompt
 
 
 @dataclass(kw_only=True)
@@ -89,6 +83,10 @@ class TrainOptions:
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Delete the earlier run in output_dir and train anew."}
     )
+    find_lr: bool = field(
+        default=False,
+        metadata={"help": "Try learning rates on the data, suggest one, and train nothing."},
+    )
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "max_new_tokens", "teacher_batch_size", "teacher_top_k")
@@ -102,7 +100,7 @@ FREE_OPTIONS = frozenset(
         *("train_file", "context_file", "eval_file"),  # the first two are compared by content
         *("teacher_cache", "shard_base"),
         *("disable_tqdm", "logging_strategy", "logging_steps", "logging_first_step", "log_level"),
-        *("report_to", "run_name", "hub_token", "trust_remote_code"),
+        *("report_to", "run_name", "hub_token", "trust_remote_code", "find_lr"),
     ]
 )
 
@@ -122,16 +120,6 @@ class Data:
         return self.context or self.records[0].context
 
 
-@dataclass(frozen=True, kw_only=True)
-class Lessons:
-    """What the teacher made of the data, for any number of prompts."""
-
-    train_set: list[TrainingExample]
-    eval_set: list[TrainingExample] | None
-    teacher: Teacher | None
-    """Where it is asked again at every step."""
-
-
 def train(
     options: TrainOptions,
     config: SoftPromptConfig,
@@ -145,8 +133,10 @@ def train(
     check_options(options, config, args)
     data = read_data(options)
     check_data(args, len(data.records))
-    directory = open_directory(options, args, data, invocation.changed)
-    if directory.is_finished:
+    directory = None
+    if not options.find_lr:
+        directory = open_directory(options, args, data, invocation.changed)
+    if directory is not None and directory.is_finished:
         say(f"{directory.path} holds the soft prompt of this run: nothing is left to train.")
         say("Pass --overwrite_output_dir to train anew.")
         return 0
@@ -154,11 +144,14 @@ def train(
     if args.world_size > 1:
         atexit.register(_leave_process_group)
     cache = None if options.teacher_cache is None else TeacherCache(options.teacher_cache)
-    args.disable_tqdm = args.disable_tqdm or not directory.owner
+    args.disable_tqdm = args.disable_tqdm or args.process_index != 0
     model, tokenizer = load(options, args)
     prompt = SoftPrompt.from_model(model, tokenizer, config, data.first_context)
     lessons = teach(model, tokenizer, options, args, data, cache)
     student = SoftPromptModel(model, prompt)
+    if directory is None:
+        find_lr(student, args, lessons.train_set, lessons.asked)
+        return 0
     anew = options.overwrite_output_dir
     return train_prompt(student, lessons, args, directory, invocation.stop, anew=anew)
 
@@ -250,89 +243,16 @@ def teach(
     return Lessons(
         train_set=train_set,
         eval_set=eval_sets[0] if eval_sets else None,
-        teacher=teacher if store.kind == "online" else None,
+        teacher=teacher,
+        is_online=store.kind == "online",
+        cut_answers=count_cut(data.records, train_set, teacher),
     )
-
-
-def train_prompt(
-    student: SoftPromptModel,
-    lessons: Lessons,
-    args: SoftPromptTrainingArguments,
-    directory: RunDirectory,
-    stop: StopOnSignal,
-    *,
-    anew: bool,
-) -> int:
-    """Trains ``student.prompt``, or goes on with it, and saves it; the exit code.
-
-    anew: the user asked for it, so the same command would not go on after a stop.
-    """
-    args.dataloader_pin_memory = args.device.type == "cuda"  # elsewhere it is a mere warning
-    trainer = SoftPromptTrainer(
-        model=student,
-        args=args,
-        train_dataset=lessons.train_set,
-        eval_dataset=lessons.eval_set,
-        teacher=lessons.teacher,
-        callbacks=[stop],
-    )
-    directory.start()
-    trainer.accelerator.wait_for_everyone()
-    return _run(trainer, student.prompt, directory, stop, anew=anew)
 
 
 def _leave_process_group() -> None:
     """Without it, processes that end one after another may abort each other."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-
-
-def _run(
-    trainer: SoftPromptTrainer,
-    prompt: SoftPrompt,
-    directory: RunDirectory,
-    stop: StopOnSignal,
-    *,
-    anew: bool,
-) -> int:
-    checkpoint = trainer.args.resume_from_checkpoint
-    if checkpoint is None:
-        with warnings.catch_warnings(record=True) as skipped:
-            last = last_good_checkpoint(directory.path)
-            checkpoint = None if last is None else str(last)
-        for warning in skipped:
-            progress(str(warning.message))
-    if checkpoint is not None:
-        progress(f"Going on from {checkpoint}")
-    shown = TrainingProgress(show_bar=not trainer.args.disable_tqdm)
-    for wordy in (ProgressCallback, PrinterCallback):
-        trainer.remove_callback(wordy)
-    trainer.add_callback(shown)
-    started = time.perf_counter()
-    with named_failures(directory.path):
-        trainer.train(resume_from_checkpoint=checkpoint)
-    seconds = time.perf_counter() - started
-    step, steps = trainer.state.global_step, trainer.state.max_steps
-    if stop.received is not None and step < steps:
-        say(f"Stopped after step {step} of {steps}, with a checkpoint in {directory.path}.")
-        flag = "overwrite_output_dir" if anew else "resume_from_checkpoint"
-        restarts = anew or trainer.args.resume_from_checkpoint
-        say(f"The same command{f' without --{flag}' if restarts else ''} goes on from there.")
-        return stop.exit_code
-    if trainer.args.should_save:
-        # A run that was killed after its last save, and before or in its rotation, is over by now.
-        best = trainer.state.best_model_checkpoint
-        rotate_checkpoints(directory.path, trainer.args.save_total_limit, best)
-        prompt.save_pretrained(directory.path)
-    directory.finish(
-        objective=trainer.args.objective,
-        steps=step,
-        seconds=round(seconds, 1),
-        versions={"torch": torch.__version__, "transformers": transformers.__version__},
-    )
-    say(f"Trained {step - shown.first_step} steps in {seconds:.0f} s.")
-    say(f"The soft prompt ({len(prompt.embedding)} virtual tokens) is in {directory.path}")
-    return 0 if stop.received is None else stop.exit_code
 
 
 def run_inputs(options: TrainOptions) -> dict[str, Any]:
