@@ -17,11 +17,12 @@ from toy_run import QUESTIONS, start, train_flags, wait_for, write_lines
 
 from softprompt_fast.checkpoints import last_good_checkpoint
 from softprompt_fast.cli import main
-from softprompt_fast.commands import saved_prompt, train
+from softprompt_fast.commands import saved_prompt
 from softprompt_fast.config_file import config_arguments
 from softprompt_fast.console import printable
 from softprompt_fast.run_directory import RunDirectory
 from softprompt_fast.signals import StopOnSignal
+from softprompt_fast.trainer import SoftPromptTrainer
 
 
 @pytest.fixture
@@ -546,7 +547,7 @@ def test_out_of_memory_names_the_levers(run, tmp_path, monkeypatch, error):
     def fail(*args, **options):
         raise error
 
-    monkeypatch.setattr(train.SoftPromptTrainer, "train", fail)
+    monkeypatch.setattr(SoftPromptTrainer, "train", fail)
     message = error_of(run(*train_flags(tmp_path)))
     assert message.startswith("out of memory. Lower --per_device_train_batch_size (now 2) or ")
     assert "--workspace_mib (now 256)" in message
@@ -557,7 +558,7 @@ def test_a_programming_error_keeps_its_traceback(run, tmp_path, monkeypatch):
     def fail(*args, **options):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(train.SoftPromptTrainer, "train", fail)
+    monkeypatch.setattr(SoftPromptTrainer, "train", fail)
     with pytest.raises(RuntimeError, match="a bug"):
         run(*train_flags(tmp_path))
 
