@@ -21,6 +21,9 @@ from problems import HEADS
 
 from softprompt_fast.report import plots
 
+sys.path.append(str(Path(__file__).parent.parent / "examples"))
+import objective_report
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -199,6 +202,24 @@ def sketch_bytes(D: int, k: int) -> int:
     return 8 * k + 4 * D + 16
 
 
+def objectives_table() -> str:
+    """Both objectives on both goals, from ``examples/choose_objective.py``."""
+    cells = objective_report.rows(read("choose_objective.json"))
+    return tables.Table("", list(objective_report.COLUMNS), cells, texts=2).markdown()
+
+
+def objectives_line() -> str:
+    report = read("choose_objective.json")
+    teacher = report["teacher"]
+    return (
+        f'Asked "{report["held_out_queries"][0]}", the model with the notes in place says '
+        f"{report['right']} at {teacher['right']:.1%} and {report['wrong']} at "
+        f"{teacher['wrong']:.1%}. {report['context_tokens']} tokens of notes become "
+        f"{report['num_virtual_tokens']} virtual tokens in {report['steps']} steps of "
+        f"{len(report['training_queries'])} other wordings, once with each objective."
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "faithfulness": faithfulness_table,
     "distribution": distribution_table,
@@ -212,6 +233,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu": gpu_tables,
     "machine": machine_line,
     "handbook": handbook_line,
+    "objectives": objectives_table,
+    "objectives_run": objectives_line,
+    "objectives_path": lambda: objective_report.path_line(read("choose_objective.json")),
 }
 
 
@@ -231,6 +255,8 @@ def main() -> None:
     pictures.draw(report, main_rows(), read("cpu.json")["growth"], images)
     for name, png in plots.pictures(report).items():
         (images / f"evaluation_{name}.png").write_bytes(png)
+    picture = objective_report.picture(read("choose_objective.json"))
+    picture.savefig(images / "objectives.png", dpi=150)
 
 
 if __name__ == "__main__":
