@@ -18,8 +18,8 @@ ROWS = (
     ("1. keep the distribution", "entropy, nats per token", "entropy", ".2f"),
     ("1. keep the distribution", "ranking of 20 wrong answers (Spearman)", "ranking", ".2f"),
     ("1. keep the distribution", "{wrong}'s place among all tokens", "place", ".0f"),
-    ("2. one right answer", "{right}, the right answer", "right", ".1%"),
-    ("2. one right answer", "{wrong}, the alternative", "wrong", ".1%"),
+    ("2. one right answer", "{right}, the right answer", "right", ".2%"),
+    ("2. one right answer", "{wrong}, the alternative", "wrong", ".2%"),
 )
 
 
@@ -78,7 +78,8 @@ def picture(report: dict[str, Any]) -> Figure:
         for place, (name, label, color) in enumerate(bars):
             value = 100 * report[name][answer]
             left.bar(first + place, value, 0.9, color=color)
-            left.text(first + place, value + 1.5, f"{value:.1f} %", ha="center")
+            shown = f"{value:.1f} %" if value >= 0.1 else "< 0.1 %"
+            left.text(first + place, value + 1.5, shown, ha="center")
             ticks[first + place] = label
         left.text(first + 1, 113, f"{report[answer]}, {role}", ha="center")
     left.axhline(95, linestyle="--", color=TEACHER, linewidth=0.8, zorder=0)
@@ -94,6 +95,7 @@ def picture(report: dict[str, Any]) -> Figure:
     other = right.twinx()
     right.plot(steps, [point["kl"] for point in path], "o-", color=KL)
     other.plot(steps, [point["distance"] for point in path], "s-", color=TEACHER)
+    right.set_xticks(steps)
     right.set_ylim(bottom=0)
     other.set_ylim(bottom=0)
     right.set_xlabel("training step")
