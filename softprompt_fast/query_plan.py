@@ -19,12 +19,13 @@ from .query_texts import Distinct, clean, fault, has_question, normalized, subje
 
 Cell = tuple[int, str]
 
-# Texts written for each query that a cell needs: a batch costs little more than a single text.
+# Texts written for each query that a cell needs, and at the least: a few more cost next to nothing.
 SPARE = 3
+LEAST_TEXTS = 8
 # A cell that gave nothing this many times in a row is left alone.
 DRY = 3
 # Of all texts, for each query asked for.
-MOST_TEXTS = 16
+MOST_TEXTS = 32
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -90,7 +91,7 @@ class Plan:
         if need < 1 or most < 1:
             return None
         chunk, kind = cell = min(self._open_cells(), key=self._rank)
-        count = min(SPARE * need, most)
+        count = min(max(SPARE * need, LEAST_TEXTS), most)
         openings = KINDS[kind].openings
         return Visit(
             number=self._visits,

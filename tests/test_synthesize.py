@@ -69,6 +69,7 @@ def test_paragraphs_then_lines_then_sentences_are_the_places_to_cut(best):
         ("What is it\n", "What is it"),
         ("\n 1. What is it? It is a cat.\nWhy?\n", "What is it?"),
         ('**Question:** What "is" it? \n', 'What "is" it?'),
+        ("1) Question: Where is it?\n", "Where is it?"),
         ("- “Wo ist  Ben?”\n", "Wo ist Ben?"),
         ("Q: 'Members' fees?'\n", "Members' fees?"),
         ("几点开门？在哪里？\n", "几点开门？"),
