@@ -421,7 +421,7 @@ def test_bad_contexts_are_named(flags, tmp_path, capsys):
 def test_too_few_queries_are_said_and_none_is_an_error(flags, tmp_path, monkeypatch, capsys):
     one = ["Is the cat called Spanner?\n"]
     monkeypatch.setattr(Writer, "write", lambda self, visit: one * len(visit.openings))
-    assert main(flags(tmp_path / "one")) == 0
+    assert main(flags(tmp_path / "one", num_heldout=3)) == 0
     said = capsys.readouterr().out
     assert "No more than 1 of 11 queries were to be had" in said
     assert not (tmp_path / "one/heldout.jsonl").exists()
