@@ -1,13 +1,14 @@
 """Which texts a model is asked for, and which of them become queries.
 
 A *cell* is one chunk of the context and one kind of query. Each *visit* asks for a batch of texts
-about one cell, always the one that has the fewest queries. What the model wrote is all there is to
-remember: the next visit, and the queries, follow from it.
+about one cell: first about each in turn, then about the one that has the fewest queries. What the
+model wrote is all there is to remember: the next visit, and the queries, follow from it.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -24,6 +25,8 @@ SPARE = 3
 LEAST_TEXTS = 8
 # A cell that gave nothing this many times in a row is left alone.
 DRY = 3
+# A cell gives no more than this many times its share as long as others have something.
+MOST_OF_SHARE = 1.5
 # Of all texts, for each query asked for.
 MOST_TEXTS = 32
 
@@ -67,9 +70,8 @@ class Plan:
         self.num_queries = num_queries
         self.batch_size = batch_size
         self.queries: list[Written] = []
-        self.dropped: Counter[str] = Counter()
-        """How many texts became no query, by reason."""
         self.num_texts = 0
+        self._dropped: Counter[str] = Counter()
         self._visits = 0
         self._kept: Counter[Cell] = Counter()
         self._texts: Counter[Cell] = Counter()
@@ -79,6 +81,8 @@ class Plan:
         cells = [(chunk, kind) for chunk in range(len(chunks)) for kind in kinds]
         self._cells = sorted(cells, key=lambda cell: number_of(seed, "cell", *cell))
         self._dry: Counter[Cell] = Counter()
+        self._spare: dict[Cell, list[str]] = {cell: [] for cell in cells}
+        self._most = math.ceil(MOST_OF_SHARE * num_queries / len(cells))
         self._distinct = Distinct(query for kind in KINDS.values() for query in kind.examples)
         context = "".join(chunks)
         self._about = subjects(context)
@@ -90,7 +94,8 @@ class Plan:
         need = self._need()
         if need < 1 or most < 1:
             return None
-        chunk, kind = cell = min(self._open_cells(), key=self._rank)
+        unasked = [cell for cell in self._cells if not self._texts[cell]]
+        chunk, kind = cell = min(unasked or self._open_cells(), key=self._rank)
         count = min(max(SPARE * need, LEAST_TEXTS), most)
         openings = KINDS[kind].openings
         return Visit(
@@ -110,23 +115,43 @@ class Plan:
         self._visits += 1
         self._texts[cell] += len(texts)
         self.num_texts += len(texts)
-        kept = 0
+        before = self._kept[cell]
         for text in texts:
             query = clean(text)
             problem = self._fault(query, read, visit.kind)
-            if problem is None and kept == need:
-                problem = "not needed"
-            if problem is None and not self._distinct.add(query):
-                problem = "duplicate"
             if problem is not None:
-                self.dropped[problem] += 1
-                continue
-            kept += 1
-            self.queries.append(Written(text=query, kind=visit.kind, chunk=visit.chunk))
-        self._kept[cell] += kept
-        self._in_chunk[visit.chunk] += kept
-        self._of_kind[visit.kind] += kept
-        self._dry[cell] = 0 if kept else self._dry[cell] + 1
+                self._dropped[problem] += 1
+            elif self._kept[cell] - before < need:
+                self._keep(cell, query)
+            else:
+                self._spare[cell].append(query)
+        self._dry[cell] = 0 if self._kept[cell] > before else self._dry[cell] + 1
+        if all(self._texts[cell] for cell in self._cells):
+            self._use_spare()
+
+    @property
+    def dropped(self) -> Counter[str]:
+        """How many texts became no query, by reason."""
+        return self._dropped + Counter({"not needed": sum(map(len, self._spare.values()))})
+
+    def _keep(self, cell: Cell, query: str) -> None:
+        if not self._distinct.add(query):
+            self._dropped["duplicate"] += 1
+            return
+        chunk, kind = cell
+        self.queries.append(Written(text=query, kind=kind, chunk=chunk))
+        self._kept[cell] += 1
+        self._in_chunk[chunk] += 1
+        self._of_kind[kind] += 1
+
+    def _use_spare(self) -> None:
+        """Where one cell gave too little, others may have given more: cheaper than to ask again."""
+        while len(self.queries) < self.num_queries:
+            cells = [c for c in self._cells if self._spare[c] and self._kept[c] < self._most]
+            if not cells:
+                return
+            cell = min(cells, key=self._rank)
+            self._keep(cell, self._spare[cell].pop(0))
 
     def _fault(self, query: str, read: str, kind: str) -> str | None:
         problem = fault(query, read, about=self._about, banned=self._banned)

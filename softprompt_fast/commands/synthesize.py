@@ -41,7 +41,9 @@ FREE_OPTIONS = frozenset(["output_dir", "context_file", "trust_remote_code"])
 class SynthesizeOptions:
     model: str = field(metadata={"help": "Directory or Hub id of the frozen language model."})
     context_file: str = field(metadata={"help": "Text file: the context to ask about."})
-    output_dir: str = field(metadata={"help": "Directory for the queries; the same goes on."})
+    output_dir: str = field(
+        metadata={"help": "Directory for the queries; what was stopped goes on there."}
+    )
     num_queries: int = field(default=128, metadata={"help": "Queries to write, held out or not."})
     heldout: float = field(default=0.2, metadata={"help": "Share of them that is held out."})
     num_heldout: int | None = field(
