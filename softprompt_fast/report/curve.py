@@ -47,7 +47,11 @@ def curve_picture(curve: dict[str, Any]) -> bytes:
         fontsize=9,
         loc="left",
     )
-    figure.legend(loc="outside right upper", frameon=False, fontsize=9)
+    # Otherwise matplotlib puts lines with error bars last.
+    lines = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    names = sorted(lines, key=lambda name: not name.startswith(SOFT))
+    handles = [lines[name] for name in names]
+    figure.legend(handles, names, loc="outside right upper", frameon=False, fontsize=9)
     file = io.BytesIO()
     figure.savefig(file, format="png")
     return file.getvalue()

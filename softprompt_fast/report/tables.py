@@ -85,7 +85,7 @@ def kl_with_error(row: dict[str, Any]) -> str:
 
 def _point(row: dict[str, Any]) -> str:
     recovered = row["kl_recovered"]
-    return f"{row['kl']:.3f}" + ("" if recovered is None else f", {recovered:.1%}")
+    return f"{row['kl']:.3f}" + ("" if recovered is None else f", {recovered:.0%}")
 
 
 def _shown(text: str) -> str:
