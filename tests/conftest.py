@@ -65,3 +65,17 @@ def computed(monkeypatch, tmp_path_factory):
 
     monkeypatch.setattr(Teacher, "answer", logged)
     return lambda: log.stat().st_size
+
+
+@pytest.fixture(scope="session")
+def real_model(tmp_path_factory):
+    """The directory of SmolLM2-135M-Instruct, converted once for all workers; not to be changed."""
+    from softprompt_fast.files import locked
+    from softprompt_fast.pretrained import smollm2
+
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent  # of the whole run; each worker has one below it
+    (shared / "models").mkdir(exist_ok=True)
+    with locked(shared / "models.lock"):
+        return smollm2(shared / "models" / "smollm2")

@@ -195,8 +195,8 @@ def test_dtypes_are_listed(toy):
 
 
 @pytest.fixture(scope="module")
-def real(tmp_path_factory):
-    return smollm2(tmp_path_factory.mktemp("models") / "smollm2")
+def real(real_model):
+    return real_model
 
 
 def test_the_real_model_has_the_values_of_its_file(real):
