@@ -1,6 +1,6 @@
 """Writes every figure of README.md and docs/ from the files in benchmarks/results/.
 
-    python benchmarks/render.py [RUN_DIR]     # with RUN_DIR: the figures of that demo run first
+    python benchmarks/render.py [DIRECTORY...]     # first keeps the figures of a demo run or sweep
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; pictures go to docs/images/.
 """
@@ -20,6 +20,8 @@ import tables
 from problems import HEADS
 
 from softprompt_fast.report import plots
+from softprompt_fast.report.curve import curve_picture
+from softprompt_fast.report.tables import curve_cells, kl_with_error
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
 import objective_report
@@ -48,6 +50,14 @@ def keep_run(directory: Path) -> None:
     }
     for name, value in kept.items():
         (RESULTS / name).write_text(json.dumps(value, indent=1) + "\n")
+
+
+def keep_sweep(directory: Path) -> None:
+    """The curve of a finished sweep, without the paths of the machine it ran on."""
+    curve = json.loads((directory / "sweep.json").read_text())
+    curve["model"] = Path(curve["model"]).name
+    curve["options"] = {k: v for k, v in curve["options"].items() if k != "model"}
+    (RESULTS / "sweep.json").write_text(json.dumps(curve, indent=1) + "\n")
 
 
 def faithfulness_table() -> str:
@@ -148,6 +158,22 @@ def handbook_line() -> str:
     )
 
 
+def sweep_table() -> str:
+    curve = read("sweep.json")
+    headings, rows = curve_cells(curve)
+    without, runs = curve["baselines"]["no context"], curve["rows"]
+    return "\n".join(
+        [
+            tables.Table("", headings, rows, texts=0).markdown(),
+            "",
+            f"No context: {kl_with_error(without)}. The context has {curve['context_tokens']} "
+            f"tokens. {len(runs)} runs of {runs[0]['steps']} steps with "
+            f"{curve['options']['per_device_train_batch_size']} sequences, measured on "
+            f"{curve['queries']} held-out queries, {curve['answer_tokens']} answer tokens.",
+        ]
+    )
+
+
 def training_table() -> str:
     """The example's training run against a plain loop, from ``benchmarks/training.py``."""
     report = read("training.json")
@@ -228,6 +254,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "losses": all_losses_table,
     "growth": growth_table,
     "steps": lambda: tables.step_table(read("cpu.json")["training_steps"]).markdown(),
+    "sweep": sweep_table,
     "training": training_table,
     "cache": cache_table,
     "gpu": gpu_tables,
@@ -240,8 +267,9 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def main() -> None:
-    if len(sys.argv) > 1:
-        keep_run(Path(sys.argv[1]))
+    for directory in map(Path, sys.argv[1:]):
+        is_sweep = (directory / "sweep.json").is_file()
+        (keep_sweep if is_sweep else keep_run)(directory)
     for page in PAGES:
         text = page.read_text()
         for name, render in TABLES.items():
@@ -257,6 +285,7 @@ def main() -> None:
         (images / f"evaluation_{name}.png").write_bytes(png)
     picture = objective_report.picture(read("choose_objective.json"))
     picture.savefig(images / "objectives.png", dpi=150)
+    (images / "sweep.png").write_bytes(curve_picture(read("sweep.json")))
 
 
 if __name__ == "__main__":
