@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from softprompt_fast.metrics import entropy, spearman
 from softprompt_fast.model import SoftPromptModel, TrainingExample
 
 WRONG_ANSWERS = 20
@@ -54,7 +55,7 @@ class Judge:
         right, wrong = (float(at_q[:, token].exp().mean()) for token in (self.right, self.wrong))
         return {
             "kl": divergence(self.log_p, log_q),
-            "entropy": float(-(log_q.exp() * log_q).sum(-1).mean()),
+            "entropy": float(entropy(log_q).mean()),
             "ranking": ranking(at_p, at_q, self.right),
             "right": right,
             "wrong": wrong,
@@ -79,10 +80,8 @@ def ranking(log_p: Tensor, log_q: Tensor, right: int) -> float:
 
     1: the student ranks them as the teacher does, 0: as if by chance.
     """
-    wrong = log_p.index_fill(-1, torch.tensor([right]), -torch.inf).topk(WRONG_ANSWERS).indices
-    ranks = [log.gather(-1, wrong).argsort(-1).argsort(-1).double() for log in (log_p, log_q)]
-    p, q = (rank - rank.mean(-1, keepdim=True) for rank in ranks)
-    return float(torch.cosine_similarity(p, q, dim=-1).mean())
+    wrong = log_p.index_fill(-1, torch.tensor([right]), -torch.inf)
+    return float(spearman(wrong, log_q, top=WRONG_ANSWERS).mean())
 
 
 class Watch(TrainerCallback):
