@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -99,7 +100,10 @@ def training_curve(axes: Axes, report: dict[str, Any]) -> bool:
     if not curve or not curve["step"]:
         return False
     marker = "o" if len(curve["step"]) == 1 else None
-    axes.plot(curve["step"], curve["loss"], marker=marker, color=COLOURS[SOFT], lw=1.5)
+    axes.plot(curve["step"], curve["loss"], color=COLOURS[SOFT], lw=0.8, alpha=0.4)
+    # Batches differ more from each other than one step does from the next.
+    style: Any = {"color": COLOURS[SOFT], "lw": 2, "marker": marker}
+    axes.plot(curve["step"], _running_mean(curve["loss"]), **style)
     if curve["eval_step"]:
         axes.plot(curve["eval_step"], curve["eval_loss"], "o-", color=COLOURS[CUT], ms=3, lw=1)
         axes.annotate(
@@ -151,6 +155,14 @@ def _draw_by_position(
         axes.plot(range(1, last + 1), values, label=name, **style)
     axes.set_xlabel("token of the answer")
     axes.legend(frameon=False, fontsize=8, ncols=2)
+
+
+def _running_mean(values: list[float]) -> list[float]:
+    """Over the last tenth of all values up to each."""
+    window = max(1, len(values) // 10)
+    sums = [0.0, *accumulate(values)]
+    ends = range(1, len(sums))
+    return [(sums[end] - sums[max(0, end - window)]) / min(end, window) for end in ends]
 
 
 def _last_position(report: dict[str, Any]) -> int:
