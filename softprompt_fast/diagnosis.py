@@ -180,7 +180,7 @@ def _too_low(log: TrainingLog) -> Finding | None:
 def _clipped(log: TrainingLog) -> Finding | None:
     norms, limit = _norms(log), log.max_grad_norm
     clipped = sum(norm > limit for norm in norms)
-    if not norms or limit <= 0 or clipped < ALWAYS * len(norms) or _has_recovered(log, POOR):
+    if not norms or limit <= 0 or clipped < ALWAYS * len(norms):
         return None
     return Finding(
         kind="gradient always clipped",
@@ -188,6 +188,7 @@ def _clipped(log: TrainingLog) -> Finding | None:
         f"steps after warm-up, {median(norms):.2g} in half of them{_so(log)}.",
         advice=f"Set --max_grad_norm {2 * median(norms):.1g}, which clips outliers only, or 0 for "
         "none.",
+        is_note=_has_recovered(log, POOR),  # AdamW makes up for it
     )
 
 

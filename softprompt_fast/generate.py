@@ -6,14 +6,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import TextStreamer
+from transformers.generation.streamers import BaseStreamer
 
 from .decoding import in_batches, write
 from .model import SoftPromptModel, TrainingExample
 from .prefix_cache import Prefix
 from .prompting import Query, student_layout
 from .teacher import Answer, Teacher
+from .text import INCOMPLETE
 
 
 def generate(
@@ -67,22 +69,38 @@ def stream(
     return tokenizer.batch_decode(written, skip_special_tokens=True)[0].strip()
 
 
-class Pieces(TextStreamer):
-    """The text of an answer, without the white space around it."""
+class Pieces(BaseStreamer):
+    """The text of an answer, without the white space around it.
+
+    Not ``transformers.TextStreamer``, which waits for a space: many scripts have none.
+    """
 
     def __init__(self, tokenizer: Any, show: Callable[[str], None]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.tokenizer = tokenizer
         self.show = show
-        self.has_begun = False
-        self.space = ""
+        self.ids: list[int] | None = None
+        self.shown = ""
 
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        text = self.space + text if self.has_begun else text.lstrip()
-        shown = text.rstrip()
-        self.space = text[len(shown) :]  # until it is known whether anything follows
-        if shown:
-            self.has_begun = True
-            self.show(shown)
+    def put(self, value: Tensor) -> None:
+        if self.ids is None:  # what comes first is the query
+            self.ids = []
+            return
+        self.ids += value.tolist()
+        text = self._text()
+        if not text.endswith(INCOMPLETE):
+            self._show(text)
+
+    def end(self) -> None:
+        self._show(self._text())
+
+    def _text(self) -> str:
+        return self.tokenizer.decode(self.ids or [], skip_special_tokens=True).strip()
+
+    def _show(self, text: str) -> None:
+        # A tokenizer may take back a space before a comma; it is not at the end of what is shown.
+        if len(text) > len(self.shown) and text.startswith(self.shown):
+            self.show(text[len(self.shown) :])
+            self.shown = text
 
 
 def _rules(model: SoftPromptModel, tokenizer: Any, max_new_tokens: int, batch_size: int) -> Teacher:

@@ -72,7 +72,6 @@ STUCK = dict(steps=curve([0.49] * 48), loss_at_start=0.49, loss_at_end=0.48)
         (dict(cut_answers=26), "cut answers", "26 of 128 answers"),
         (dict(evaluations=[{"step": 48, "loss": 0.4}]), "overfitted", "78% .* and 20%"),
         # No faults: what would be one in a run that learns less, or that is too short to judge.
-        (dict(steps=curve([0.2] * 48, grad_norm=9.0)), None, ""),
         (dict(loss_at_end=1e-9, steps=curve([1e-9] * 48, grad_norm=1e-9)), None, ""),
         (STUCK | dict(steps=curve([0.49] * 12)), None, ""),
         (dict(steps=[], answers=0, cut_answers=0), None, ""),
@@ -84,6 +83,13 @@ def test_each_fault_is_found_and_no_other(fault, kind, text):
     if found:
         assert re.search(text, f"{found[0].what} {found[0].advice}")
         assert found[0].is_note == (kind == "cut answers")
+
+
+def test_clipping_is_a_note_where_the_prompt_learns():
+    found = diagnose(replace(HEALTHY, steps=curve([0.2] * 48, grad_norm=9.0)))
+    assert [(finding.kind, finding.is_note) for finding in found] == [
+        ("gradient always clipped", True)
+    ]
 
 
 def test_a_run_that_still_goes_on_is_judged_by_its_batches():
