@@ -19,6 +19,7 @@ import pictures
 import tables
 from problems import HEADS
 
+from softprompt_fast.conditions import CONDITIONS
 from softprompt_fast.report import plots
 from softprompt_fast.report.curve import curve_picture
 from softprompt_fast.report.tables import curve_cells, kl_with_error
@@ -92,7 +93,9 @@ def distribution_table() -> str:
         "entropy | calibration error | rank correlation |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    for name, row in read("handbook.json")["conditions"].items():
+    rows = read("handbook.json")["conditions"]
+    for name in CONDITIONS:
+        row = rows[name]
         kl = " | ".join(f"{row[key]:.3f}" for key in ("kl_median", "kl_99", "kl_999", "kl_max"))
         lines.append(
             f"| {name} | {kl} | {row['rms_delta_p']:.1%} | {row['perplexity_ratio']:.2f} | "
