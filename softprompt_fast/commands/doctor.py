@@ -46,6 +46,7 @@ def _where_its_log_is(directory: Path, unseen: list[str]) -> Path:
     if (directory / TRAINING_LOG_FILE).is_file():
         return directory
     with warnings.catch_warnings(record=True) as skipped:
+        warnings.simplefilter("always", UserWarning)
         checkpoint = last_good_checkpoint(directory)
     unseen += [str(warning.message).rstrip(".") for warning in skipped]
     if checkpoint is None or not (checkpoint / TRAINING_LOG_FILE).is_file():

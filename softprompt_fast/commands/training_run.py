@@ -89,6 +89,7 @@ def _run(
     checkpoint = trainer.args.resume_from_checkpoint
     if checkpoint is None:
         with warnings.catch_warnings(record=True) as skipped:
+            warnings.simplefilter("always", UserWarning)
             last = last_good_checkpoint(directory.path)
             checkpoint = None if last is None else str(last)
         for warning in skipped:
