@@ -25,24 +25,30 @@ CUT, PRUNED = "cut context", "pruned context"
 CONDITIONS = (FULL, NONE, CUT, PRUNED, SOFT)
 
 
+# By the tokens of an opening and a context, the positions in the context, most surprising first.
+Rankings = dict[tuple[int, ...], Tensor]
+
+
 def with_pruned_context(
-    model: PreTrainedModel, queries: Sequence[Query], num_tokens: int
+    model: PreTrainedModel, queries: Sequence[Query], num_tokens: int, rankings: Rankings
 ) -> list[Query]:
     """The tokens that the model itself predicts least well are those that tell it most.
 
     Such a hard prompt is the simplest of Selective Context (Li et al., 2023): self-information of
     single tokens, in the model that will read them.
+
+    rankings: those that are known; what is missing is computed, and kept there.
     """
-    kept: dict[tuple[int, ...], list[int]] = {}
+    pruned = []
     for query in queries:
         key = (*query.before, *query.context)
-        if len(query.context) <= num_tokens:
-            kept[key] = query.context
-        if key not in kept:
-            order = surprise(model, query).argsort(descending=True, stable=True)
-            positions = order[:num_tokens].sort().values.tolist()
-            kept[key] = [query.context[position] for position in positions]
-    return [replace(q, context=kept[(*q.before, *q.context)]) for q in queries]
+        if len(query.context) > num_tokens:
+            if key not in rankings:
+                rankings[key] = surprise(model, query).argsort(descending=True, stable=True)
+            kept = rankings[key][:num_tokens].sort().values.tolist()
+            query = replace(query, context=[query.context[position] for position in kept])
+        pruned.append(query)
+    return pruned
 
 
 @torch.no_grad()

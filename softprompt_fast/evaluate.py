@@ -24,6 +24,7 @@ from .conditions import (
     NONE,
     PRUNED,
     SOFT,
+    Rankings,
     with_pruned_context,
 )
 from .data import Record
@@ -90,6 +91,7 @@ class Evaluation:
         self.answers = [example.answer.ids for example in self.examples]
         self.lengths = [len(ids) for ids in self.answers]
         self._states: dict[tuple[str, int], Tensor] = {}
+        self._rankings: Rankings = {}
 
     def report(self, prompt: SoftPrompt, *, num_samples: int = 4) -> dict[str, Any]:
         """JSON values; ``report["conditions"]`` holds one row for each of CONDITIONS.
@@ -139,7 +141,7 @@ class Evaluation:
         return {
             NONE: [without_context(query) for query in queries],
             CUT: [cut_context(query, num_tokens) for query in queries],
-            PRUNED: with_pruned_context(self.model, queries, num_tokens),
+            PRUNED: with_pruned_context(self.model, queries, num_tokens, self._rankings),
         }
 
     def _token_metrics(self, student: SoftPromptModel) -> dict[str, Tokens]:
