@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import math
 from itertools import cycle
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from ..conditions import CUT, NONE, PRUNED, SOFT
-from .plots import COLOURS, DPI
+from .plots import COLOURS, blank, png
 
 INCHES = (7.2, 3.8)
 OBJECTIVE_COLOURS = {"nll": "#b3402e", "kl": COLOURS[SOFT], "mix": "#2e8b62"}
@@ -26,9 +24,7 @@ LEAST_GAP = 0.06
 
 def curve_picture(curve: dict[str, Any]) -> bytes:
     """A PNG file.    curve: ``sweep.compression_curve`` with at least one row"""
-    figure = Figure(figsize=INCHES, dpi=DPI, layout="constrained")
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
+    figure, axes = blank(INCHES)
     _draw_objectives(axes, curve["rows"])
     _draw_baselines(axes, curve["baselines"])
     lengths = sorted({row["num_virtual_tokens"] for row in curve["rows"]})
@@ -52,9 +48,7 @@ def curve_picture(curve: dict[str, Any]) -> bytes:
     names = sorted(lines, key=lambda name: not name.startswith(SOFT))
     handles = [lines[name] for name in names]
     figure.legend(handles, names, loc="outside right upper", frameon=False, fontsize=9)
-    file = io.BytesIO()
-    figure.savefig(file, format="png")
-    return file.getvalue()
+    return png(figure)
 
 
 def _draw_baselines(axes: Axes, baselines: dict[str, Any]) -> None:

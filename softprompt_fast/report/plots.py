@@ -134,15 +134,24 @@ def pictures(report: dict[str, Any]) -> dict[str, bytes]:
     """PNG files, by the names of PLOTS; those that there is nothing for are left out."""
     found = {}
     for name, draw in PLOTS.items():
-        # Not pyplot: it keeps figures, and asks for a screen.
-        figure = Figure(figsize=INCHES, dpi=DPI, layout="constrained")
-        axes = figure.subplots()
-        axes.spines[["top", "right"]].set_visible(False)
+        figure, axes = blank(INCHES)
         if draw(axes, report):
-            file = io.BytesIO()
-            figure.savefig(file, format="png")
-            found[name] = file.getvalue()
+            found[name] = png(figure)
     return found
+
+
+def blank(inches: tuple[float, float]) -> tuple[Figure, Axes]:
+    # Not pyplot: it keeps figures, and asks for a screen.
+    figure = Figure(figsize=inches, dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def png(figure: Figure) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()
 
 
 def _draw_by_position(
