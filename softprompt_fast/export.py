@@ -28,6 +28,7 @@ from .prompting import (
     render_query,
     slot_is_system_message,
     student_layout,
+    text_ids,
     tokenize_query,
 )
 from .soft_prompt import PEFT_FILE, WEIGHTS_FILE, SoftPrompt
@@ -84,7 +85,7 @@ def export_peft(
         num_virtual_tokens=prompt.config.num_virtual_tokens,
         num_opening_tokens=len(before),
         # Some tokenizers read a text that begins here otherwise than one that goes on.
-        text=text if _ids(tokenizer, text) == ids else None,
+        text=text if text_ids(tokenizer, text) == ids else None,
         end_ids=end_ids(model.base, tokenizer),
         max_new_tokens=max_new_tokens,
     )
@@ -163,7 +164,7 @@ def _fits_chat(
     if not slot_is_system_message(tokenizer, messages):
         return False
     before, after, _ = render_query(tokenizer, messages)
-    return (query.before, query.after) == (_ids(tokenizer, before), _ids(tokenizer, after))
+    return (query.before, query.after) == (text_ids(tokenizer, before), text_ids(tokenizer, after))
 
 
 def _prompt(model: SoftPromptModel) -> Tensor:
@@ -182,10 +183,6 @@ def _base64(embeds: Tensor) -> str:
     file = io.BytesIO()
     torch.save(embeds.detach().cpu(), file)
     return base64.b64encode(file.getvalue()).decode()
-
-
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def _dtype(model: SoftPromptModel) -> str:

@@ -65,15 +65,15 @@ def tokenize_query(
     if not messages:
         raise ValueError(f"{source or 'query'}: no messages. Give at least one of the user's.")
     before, after, plain = render_query(tokenizer, messages, source=source)
-    up_to_slot = _ids(tokenizer, before + SLOT)
+    up_to_slot = text_ids(tokenizer, before + SLOT)
     # A space at the end of before may be part of the token that comes next: such a space is left to
     # the context.
-    opening = _common_start(_ids(tokenizer, before), up_to_slot)
+    opening = _common_start(text_ids(tokenizer, before), up_to_slot)
     return Query(
         before=opening,
         context=_ids_behind(tokenizer, before, opening, context.strip()),
         after=_ids_behind(tokenizer, before + SLOT, up_to_slot, after),
-        plain=_ids(tokenizer, plain),
+        plain=text_ids(tokenizer, plain),
         source=source,
     )
 
@@ -105,7 +105,7 @@ def tokenize_answer(tokenizer: Any, completion: str, end_ids: Sequence[int]) -> 
     end_ids: the tokens at which the model stops; the tokenizer's end of sequence goes first.
     """
     ends = [tokenizer.eos_token_id] if tokenizer.eos_token_id in end_ids else list(end_ids[:1])
-    return _ids(tokenizer, completion) + ends
+    return text_ids(tokenizer, completion) + ends
 
 
 def teacher_ids(query: Query) -> list[int]:
@@ -192,11 +192,12 @@ def _common_start(one: list[int], other: list[int]) -> list[int]:
 
 def _ids_behind(tokenizer: Any, lead: str, lead_ids: list[int], text: str) -> list[int]:
     """The ids of ``text`` where it follows ``lead``, whose own ids are cut off."""
-    ids = _ids(tokenizer, lead + text)
+    ids = text_ids(tokenizer, lead + text)
     if ids[: len(lead_ids)] == lead_ids:
         return ids[len(lead_ids) :]
-    return _ids(tokenizer, text)  # the end of lead and the start of text have become one token
+    return text_ids(tokenizer, text)  # the end of lead and the start of text have become one token
 
 
-def _ids(tokenizer: Any, text: str) -> list[int]:
+def text_ids(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of the text and no others: none that opens or closes it."""
     return tokenizer(text, add_special_tokens=False)["input_ids"]

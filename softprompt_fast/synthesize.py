@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from .decoding import Sampling
 from .head import position_limit
-from .prompting import Query, teacher_ids, tokenize_answer, tokenize_query
+from .prompting import Query, teacher_ids, text_ids, tokenize_answer, tokenize_query
 from .query_kinds import EXAMPLES, KINDS, asking_for
 from .query_plan import Plan, Visit, number_of
 from .synthesis_directory import SynthesisDirectory
@@ -76,7 +76,7 @@ def tokenize_queries(tokenizer: Any, texts: Sequence[str], context: str) -> list
 def longest_query(tokenizer: Any, max_query_tokens: int) -> int:
     """In tokens: its opening, and what the model writes after it."""
     openings = (opening for kind in KINDS.values() for opening in kind.openings)
-    return max_query_tokens + max(len(tokenize_answer(tokenizer, text, ())) for text in openings)
+    return max_query_tokens + max(len(text_ids(tokenizer, text)) for text in openings)
 
 
 def check_context_fits(
@@ -124,7 +124,7 @@ class Writer:
 
     def write(self, visit: Visit) -> list[str]:
         """Each with its opening; with a line break at the end if the model ended it there."""
-        openings = [tokenize_answer(self.tokenizer, text, ()) for text in visit.openings]
+        openings = [text_ids(self.tokenizer, text) for text in visit.openings]
         asked = self._prompt(visit.kind, visit.wording, visit.chunk)
         rows = [asked + opening for opening in openings]
         # All that they share is read once; a row has to keep a token.

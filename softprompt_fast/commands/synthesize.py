@@ -15,7 +15,7 @@ from ..context_chunks import cut_into_chunks
 from ..data import read_text
 from ..decoding import Sampling
 from ..pretrained import check_dtype, load_model
-from ..prompting import tokenize_answer
+from ..prompting import text_ids
 from ..query_kinds import KINDS
 from ..query_plan import Plan
 from ..query_texts import hold_out
@@ -140,7 +140,7 @@ def write(options: SynthesizeOptions, context: str, directory: SynthesisDirector
     )
     check_context_fits(teacher, tokenizer, context, options.max_query_tokens)
     chunks = cut_into_chunks(
-        context, options.chunk_tokens, lambda text: len(tokenize_answer(tokenizer, text, ()))
+        context, options.chunk_tokens, lambda text: len(text_ids(tokenizer, text))
     )
     writer = Writer(
         model,
