@@ -53,6 +53,19 @@ def make_writable(name: str, path: Path) -> None:
         raise OSError(f"cannot write to {name} {path}: {error.strerror}") from error
 
 
+def check_free(path: Path, *, ours: Iterable[str], mark: str, what: str) -> None:
+    """Raises ValueError if output_dir holds something, and not the file ``mark`` of ``what``.
+
+    ours: names that are there before that file is.
+    """
+    others = sorted({file.name for file in path.iterdir()} - set(ours))
+    if others and mark not in others:
+        raise ValueError(
+            f"output_dir {path} is occupied: it holds {others[0]!r} and no {mark}, so it is not "
+            f"{what}. Choose another directory."
+        )
+
+
 @contextmanager
 def new_directory(name: str, path: str) -> Iterator[Path]:
     """A directory to fill. At the end of the block it is ``path``; with an error, nothing is there.

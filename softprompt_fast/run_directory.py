@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 from typing import IO, Any
 
-from .files import leftovers, make_writable, read_json, write_json
+from .files import check_free, leftovers, make_writable, read_json, write_json
 from .soft_prompt import FACTS_FILE, PEFT_FILE, WEIGHTS_FILE
 from .training_log import TRAINING_LOG_FILE
 
@@ -83,13 +83,8 @@ class RunDirectory:
             self._write("finished", **facts)
 
     def _check_free(self) -> None:
-        ours = {LOCK_FILE, *(path.name for path in leftovers(self.path, [RUN_FILE]))}
-        others = sorted(path.name for path in self.path.iterdir() if path.name not in ours)
-        if others and RUN_FILE not in others:
-            raise ValueError(
-                f"output_dir {self.path} is occupied: it holds {others[0]!r} and no {RUN_FILE}, so "
-                "it is not a run of softprompt-fast. Choose another directory."
-            )
+        ours = [LOCK_FILE, *(path.name for path in leftovers(self.path, [RUN_FILE]))]
+        check_free(self.path, ours=ours, mark=RUN_FILE, what="a run of softprompt-fast")
 
     def _check_options(self) -> None:
         now = self.options

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .files import (
+    check_free,
     leftovers,
     locked,
     make_writable,
@@ -119,13 +120,8 @@ class SynthesisDirectory:
         (self.path / JOURNAL_FILE).unlink(missing_ok=True)
 
     def _check_free(self) -> None:
-        ours = {LOCK_FILE, *(path.name for path in leftovers(self.path, [STATE_FILE]))}
-        others = sorted(path.name for path in self.path.iterdir() if path.name not in ours)
-        if others and STATE_FILE not in others:
-            raise ValueError(
-                f"output_dir {self.path} is occupied: it holds {others[0]!r} and no {STATE_FILE}, "
-                "so it is not of softprompt-fast synthesize. Choose another directory."
-            )
+        ours = [LOCK_FILE, *(path.name for path in leftovers(self.path, [STATE_FILE]))]
+        check_free(self.path, ours=ours, mark=STATE_FILE, what="of softprompt-fast synthesize")
 
     def _check_same(self, name: str, now: dict[str, Any]) -> None:
         differing = differing_facts(self._state().get(name, now), now)

@@ -22,7 +22,7 @@ from rich.console import Console
 from ..arguments import SoftPromptTrainingArguments
 from ..console import say
 from ..errors import UsageError
-from ..files import leftovers, locked, make_writable, write_bytes
+from ..files import check_free, leftovers, locked, make_writable, write_bytes
 from ..preflight import check_data, check_options
 from ..report.curve import curve_picture
 from ..report.tables import curve_table
@@ -116,15 +116,10 @@ def sweep(
 
 
 def _check_free(directory: Path) -> None:
-    ours = {CURVE_FILE, PICTURE_FILE, CACHE_DIRECTORY, LOCK_FILE}
-    ours |= {path.name for path in leftovers(directory, (CURVE_FILE, PICTURE_FILE))}
-    names = {path.name for path in directory.iterdir()}
-    others = sorted(name for name in names - ours if not RUN_NAME.fullmatch(name))
-    if others and CURVE_FILE not in names:
-        raise ValueError(
-            f"output_dir {directory} is occupied: it holds {others[0]!r} and no {CURVE_FILE}, so "
-            "it is not a sweep of softprompt-fast. Choose another directory."
-        )
+    ours = [PICTURE_FILE, CACHE_DIRECTORY, LOCK_FILE]
+    ours += [path.name for path in leftovers(directory, (CURVE_FILE, PICTURE_FILE))]
+    ours += [path.name for path in directory.iterdir() if RUN_NAME.fullmatch(path.name)]
+    check_free(directory, ours=ours, mark=CURVE_FILE, what="a sweep of softprompt-fast")
 
 
 COMMAND = Command(
