@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import torch
-from setuptools import setup
+from setuptools import find_packages, setup
 from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension
 
 # fp-contract: csrc/cpu/simd.h says which products are fused with which sums
@@ -110,12 +110,7 @@ def extensions() -> list:
 setup(
     ext_modules=extensions(),
     cmdclass={"build_ext": Build},
-    packages=[
-        "softprompt_fast",
-        "softprompt_fast.commands",
-        "softprompt_fast.kernels",
-        "softprompt_fast.report",
-    ],
-    package_data={"softprompt_fast.report": ["page.html"]},
+    packages=[*find_packages(include=["softprompt_fast*"]), "softprompt_fast.kernels"],
+    package_data={"": ["*.html"]},
     package_dir={"softprompt_fast.kernels": "kernels"},
 )

@@ -30,14 +30,14 @@ from rich.console import Console
 from transformers import PrinterCallback
 
 import softprompt_fast as spf
-from softprompt_fast.bounds import check_at_least
-from softprompt_fast.console import complain, progress, say
 from softprompt_fast.data import Record
 from softprompt_fast.examples import make_examples
-from softprompt_fast.files import make_writable, write_json
 from softprompt_fast.model import SoftPromptModel, TrainingExample
 from softprompt_fast.pretrained import load_model
 from softprompt_fast.teacher import Teacher
+from softprompt_fast.utils.console import complain, progress, say
+from softprompt_fast.utils.errors import check_at_least
+from softprompt_fast.utils.files import make_writable, write_json
 
 MODEL = Path(__file__).resolve().parent.parent / "models" / "smollm2-135m-instruct"
 NOTES = """Notes on the village.

@@ -10,8 +10,8 @@ from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 
 from . import backends
-from .bounds import check_at_least
 from .options import check_options
+from .utils.errors import check_at_least
 
 Objective = Literal["nll", "kl", "mix"]
 LossImpl = Literal["fused", "reference"]

@@ -10,8 +10,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from .console import closest, complain
-from .errors import UsageError, is_out_of_memory
+from .utils.console import closest, complain
+from .utils.errors import UsageError, is_out_of_memory
 
 COMMANDS = {
     "synthesize": "have the model write queries about a context, and answer them",

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .text import shortened
+from .utils.text import shortened
 
 MAX_LINE_BYTES = 10 * 2**20
 FIELDS = ("prompt", "messages", "completion", "context")

@@ -36,7 +36,7 @@ from .nearest import nearest_tokens
 from .prompting import Query, cut_context, without_context
 from .soft_prompt import SoftPrompt
 from .teacher import Teacher
-from .text import pieces
+from .utils.text import pieces
 
 
 def evaluate(

@@ -8,7 +8,6 @@ from typing import Any
 from .answers import SketchOptions
 from .answers_together import answer_together
 from .arguments import SoftPromptTrainingArguments
-from .console import progress
 from .data import Record
 from .model import SoftPromptModel, TrainingExample
 from .prompting import Query, tokenize_answer, tokenize_query
@@ -16,6 +15,7 @@ from .teacher import Teacher
 from .teacher_cache import TeacherCache
 from .teacher_facts import teacher_facts
 from .teacher_store import sketch_problem
+from .utils.console import progress
 
 # From this share on, cut answers are said with what to do: the prompt seldom learns how one ends.
 OFTEN_CUT = 0.2

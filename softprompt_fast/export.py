@@ -20,7 +20,6 @@ from torch import Tensor
 from .data import Record
 from .decoding import end_ids
 from .export_usage import QUESTION, Usage, usage_in_peft, usage_in_vllm, usage_of_safetensors
-from .files import write_bytes, write_json
 from .head import input_embedding
 from .model import SoftPromptModel
 from .prompting import (
@@ -32,6 +31,7 @@ from .prompting import (
     tokenize_query,
 )
 from .soft_prompt import PEFT_FILE, WEIGHTS_FILE, SoftPrompt
+from .utils.files import write_bytes, write_json
 
 SAFETENSORS_FILE = "soft_prompt.safetensors"
 SYSTEM_FILE = "system_message.json"

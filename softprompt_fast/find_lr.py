@@ -21,11 +21,11 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback
 
 from .arguments import SoftPromptTrainingArguments
-from .console import say
 from .model import SoftPromptModel, TrainingExample
 from .soft_prompt import SoftPrompt
 from .teacher import Teacher
 from .trainer import SoftPromptTrainer
+from .utils.console import say
 
 # Ten steps a decade.
 FIRST, LAST, STEPS = 1e-5, 1.0, 51

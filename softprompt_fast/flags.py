@@ -13,9 +13,9 @@ from transformers.utils import logging as transformers_logging
 from .arguments import SoftPromptTrainingArguments
 from .commands import Command, Invocation
 from .config_file import PATH_OPTIONS, config_arguments
-from .console import closest
-from .errors import UsageError
 from .signals import StopOnSignal
+from .utils.console import closest
+from .utils.errors import UsageError
 
 TEXT_OPTIONS = ("question", "prompt_tuning_init_text")
 

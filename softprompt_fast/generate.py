@@ -15,7 +15,7 @@ from .model import SoftPromptModel, TrainingExample
 from .prefix_cache import Prefix
 from .prompting import Query, student_layout
 from .teacher import Answer, Teacher
-from .text import INCOMPLETE
+from .utils.text import INCOMPLETE
 
 
 def generate(

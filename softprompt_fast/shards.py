@@ -23,8 +23,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from .answers import Answer, pack, unpack
-from .files import refuse_pickle, write_bytes
 from .teacher_facts import tensor_bytes
+from .utils.files import refuse_pickle, write_bytes
 
 ENTRY = "softprompt_fast"
 UNSEALED = "0" * 64

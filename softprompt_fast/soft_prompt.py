@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .base_facts import base_facts, differences
-from .files import read_json, refuse_pickle, write_bytes, write_json
 from .head import input_embedding
 from .prompting import PLACEMENTS, Placement
+from .utils.files import read_json, refuse_pickle, write_bytes, write_json
 
 PromptInit = Literal["context", "text", "vocab", "random"]
 

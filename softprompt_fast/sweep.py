@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from .conditions import CUT, NONE, PRUNED, SOFT
-from .files import read_json
 from .run_directory import EVALUATION_FILE, read_run
+from .utils.files import read_json
 
 FORMAT_VERSION = 1
 # Of a row of a report.

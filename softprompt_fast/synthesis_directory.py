@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .files import (
+from .teacher_facts import differing_facts
+from .utils.files import (
     check_free,
     leftovers,
     locked,
@@ -26,7 +27,6 @@ from .files import (
     write_bytes,
     write_json,
 )
-from .teacher_facts import differing_facts
 
 STATE_FILE = "synthesis.json"
 JOURNAL_FILE = "queries.partial.jsonl"

@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from .answers import Answer, SketchOptions
-from .console import progress
-from .files import leftovers, locked, make_writable, sync_directory, write_bytes
 from .prompting import Query
 from .sharded_base import any_process_has, in_lockstep, is_sharded
 from .shards import MAX_HEADER, UNSEALED, DamagedFile, is_sealed, read_shard, seal, write_shard
 from .teacher import Reading, Teacher
 from .teacher_facts import differing_facts, queries_sha256
+from .utils.console import progress
+from .utils.files import leftovers, locked, make_writable, sync_directory, write_bytes
 
 FACTS_FILE = "teacher_cache.json"
 POLL_SECONDS = 0.1

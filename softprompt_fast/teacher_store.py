@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from .answers import SketchOptions
 from .arguments import SoftPromptTrainingArguments
-from .errors import UsageError
 from .head import OutputHead
 from .sketch import entries_kept
+from .utils.errors import UsageError
 
 Store = Literal["auto", "sketch", "hidden", "online"]
 KEPT = {

@@ -19,10 +19,10 @@ from softprompt_fast.checkpoints import last_good_checkpoint
 from softprompt_fast.cli import main
 from softprompt_fast.commands import saved_prompt
 from softprompt_fast.config_file import config_arguments
-from softprompt_fast.console import printable
 from softprompt_fast.run_directory import RunDirectory
 from softprompt_fast.signals import StopOnSignal
 from softprompt_fast.trainer import SoftPromptTrainer
+from softprompt_fast.utils.console import printable
 
 
 @pytest.fixture

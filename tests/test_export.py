@@ -14,12 +14,12 @@ from toy import CHAT_TEMPLATE, make_model, make_tokenizer
 from toy_run import QUESTIONS, write_lines
 
 from softprompt_fast.cli import main
-from softprompt_fast.files import new_directory
 from softprompt_fast.generate import generate
 from softprompt_fast.model import SoftPromptModel
 from softprompt_fast.pretrained import load_model
 from softprompt_fast.prompting import tokenize_query
 from softprompt_fast.soft_prompt import SoftPrompt, SoftPromptConfig
+from softprompt_fast.utils.files import new_directory
 
 NEW_TOKENS = 6
 OWN_SYSTEM = {"role": "system", "content": "Be brief."}

@@ -19,7 +19,6 @@ from softprompt_fast.cli import main
 from softprompt_fast.context_chunks import cut_into_chunks
 from softprompt_fast.data import read_jsonl
 from softprompt_fast.decoding import Sampling
-from softprompt_fast.files import locked
 from softprompt_fast.prompting import tokenize_answer
 from softprompt_fast.query_kinds import KINDS
 from softprompt_fast.query_plan import DRY, MOST_TEXTS, Plan, Visit
@@ -34,6 +33,7 @@ from softprompt_fast.query_texts import (
 )
 from softprompt_fast.synthesis_directory import JOURNAL_FILE
 from softprompt_fast.synthesize import Writer, completion
+from softprompt_fast.utils.files import locked
 
 # Chunks
 

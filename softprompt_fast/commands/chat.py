@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..console import complain, progress, say
 from ..data import MAX_LINE_BYTES
 from ..model import SoftPromptModel
 from ..prompting import Query, tokenize_query
 from ..run_directory import read_run
+from ..utils.console import complain, progress, say
 from . import Command, Invocation
 from .saved_prompt import PromptOptions, load_prompt, recorded_inputs, tell_answer
 

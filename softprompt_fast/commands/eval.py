@@ -9,17 +9,17 @@ from typing import Any
 
 from rich.console import Console
 
-from ..bounds import check_at_least
-from ..console import progress, say
 from ..data import read_jsonl, read_text
 from ..evaluate import evaluate
 from ..examples import check_contexts
-from ..files import write_bytes, write_json
 from ..report.page import page
 from ..report.plots import pictures
 from ..report.tables import side_by_side, table
 from ..run_directory import EVALUATION_FILE, read_run
 from ..training_log import TRAINING_LOG_FILE, TrainingLog
+from ..utils.console import progress, say
+from ..utils.errors import check_at_least
+from ..utils.files import write_bytes, write_json
 from . import Command, Invocation
 from .saved_prompt import PromptOptions, load_prompt, recorded_inputs
 

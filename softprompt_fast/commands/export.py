@@ -6,15 +6,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ..console import say
 from ..data import Record, read_jsonl
-from ..errors import UsageError
 from ..export import export_peft, export_safetensors, export_vllm
 from ..export_usage import Usage
-from ..files import new_directory, write_bytes
 from ..model import SoftPromptModel
 from ..run_directory import read_run
 from ..soft_prompt import SoftPrompt
+from ..utils.console import say
+from ..utils.errors import UsageError
+from ..utils.files import new_directory, write_bytes
 from . import Argument, Command, Invocation
 from .saved_prompt import PromptOptions, load_prompt, recorded_inputs
 

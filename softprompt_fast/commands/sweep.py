@@ -20,14 +20,14 @@ from typing import Any
 from rich.console import Console
 
 from ..arguments import SoftPromptTrainingArguments
-from ..console import say
-from ..errors import UsageError
-from ..files import check_free, leftovers, locked, make_writable, write_bytes
 from ..preflight import check_data, check_options
 from ..report.curve import curve_picture
 from ..report.tables import curve_table
 from ..soft_prompt import SoftPromptConfig
 from ..sweep import SWEPT
+from ..utils.console import say
+from ..utils.errors import UsageError
+from ..utils.files import check_free, leftovers, locked, make_writable, write_bytes
 from . import Command, Invocation
 from .sweep_runs import (
     CACHE_DIRECTORY,

@@ -9,15 +9,15 @@ from typing import Any
 
 from ..arguments import SoftPromptTrainingArguments
 from ..conditions import SOFT
-from ..console import progress, say
 from ..evaluate import Evaluation
-from ..files import write_json
 from ..model import SoftPromptModel
 from ..report.tables import kl_with_error
 from ..run_directory import EVALUATION_FILE, RunDirectory
 from ..soft_prompt import SoftPrompt, SoftPromptConfig
 from ..sweep import compression_curve, is_measured
 from ..teacher_cache import TeacherCache
+from ..utils.console import progress, say
+from ..utils.files import write_json
 from . import Invocation
 from .eval import facts_of_run
 from .train import Data, TrainOptions, load, open_directory, teach

@@ -9,8 +9,6 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..bounds import check_at_least
-from ..console import closest, progress, say
 from ..context_chunks import cut_into_chunks
 from ..data import read_text
 from ..decoding import Sampling
@@ -31,6 +29,8 @@ from ..synthesize import (
 )
 from ..teacher import Teacher
 from ..teacher_facts import teacher_facts
+from ..utils.console import closest, progress, say
+from ..utils.errors import check_at_least
 from . import Command, Invocation
 
 # Where things lie; and what changes nothing that is written.

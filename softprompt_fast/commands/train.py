@@ -12,8 +12,6 @@ import torch
 from transformers import PreTrainedModel, set_seed
 
 from ..arguments import SoftPromptTrainingArguments
-from ..bounds import check_at_least
-from ..console import progress, say
 from ..data import Record, read_jsonl, read_text
 from ..examples import check_contexts, count_cut, make_examples
 from ..find_lr import find_lr
@@ -26,6 +24,8 @@ from ..soft_prompt import SoftPrompt, SoftPromptConfig
 from ..teacher import Teacher
 from ..teacher_cache import TeacherCache
 from ..teacher_store import Store, choose_store
+from ..utils.console import progress, say
+from ..utils.errors import check_at_least
 from . import Command, Invocation
 from .training_run import Lessons, train_prompt
 

@@ -12,9 +12,7 @@ from transformers import PrinterCallback, ProgressCallback
 
 from ..arguments import SoftPromptTrainingArguments
 from ..checkpoints import last_good_checkpoint, rotate_checkpoints
-from ..console import progress, say
 from ..diagnosis import diagnose
-from ..files import named_failures
 from ..model import SoftPromptModel, TrainingExample
 from ..progress import TrainingProgress
 from ..run_directory import RunDirectory
@@ -23,6 +21,8 @@ from ..soft_prompt import SoftPrompt
 from ..teacher import Teacher
 from ..trainer import SoftPromptTrainer
 from ..training_log import TRAINING_LOG_FILE
+from ..utils.console import progress, say
+from ..utils.files import named_failures
 from ..watch import Watch
 from ..yardstick import Yardstick
 

@@ -13,8 +13,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from ..conditions import CONDITIONS, FULL
-from ..console import printable
-from ..text import shortened
+from ..utils.console import printable
+from ..utils.text import shortened
 from .plots import COLOURS
 
 # Of a query or an answer on the page.

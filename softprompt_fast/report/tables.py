@@ -8,8 +8,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ..conditions import CONDITIONS, CUT, NONE, PRUNED
-from ..console import one_line
-from ..text import shortened
+from ..utils.console import one_line
+from ..utils.text import shortened
 
 # Of a query or an answer on the screen.
 CHARACTERS = 600
