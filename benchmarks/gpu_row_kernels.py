@@ -89,7 +89,10 @@ def measure(kernels: ModuleType, backend: str, loss: str) -> None:
 
 
 def main(backend: str) -> None:
-    module = {"triton": "softprompt_fast.kernels.rows", "cuda": "softprompt_fast.cuda"}[backend]
+    module = {
+        "triton": "softprompt_fast.kernels.rows",
+        "cuda": "softprompt_fast.backends.cuda_rows",
+    }[backend]
     kernels = importlib.import_module(module)
     for loss in ("NLL", "KL", "reverse KL", "JSD"):
         measure(kernels, backend, loss)

@@ -1,11 +1,10 @@
 """The formulas of the Triton kernels, one vocabulary entry at a time.
 
-The same mathematics as ``softprompt_fast/divergences.py`` and ``logit_transform.py``, where its
-choices are explained. A function is elementwise, for a scalar, a row's block or a tile, unless it
-gives its shapes.
+The same mathematics as ``softprompt_fast/backends/formulas.py``, where its choices are explained. A
+function is elementwise, for a scalar, a row's block or a tile, unless it gives its shapes.
 
 Legend: z finished logit, p teacher, q student, d = log q - log p, m the mixture beta p + rest q
-with rest = 1 - beta. For targets and masses see ``softprompt_fast/problem.py``.
+with rest = 1 - beta. For targets and masses see ``softprompt_fast/backends/problem.py``.
 """
 
 import math

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -110,15 +109,6 @@ def factors(
     if value.requires_grad:
         raise ValueError(f"{name} must be constant: got requires_grad=True.")
     _one_each(name, value, each, shape, hidden)
-
-
-def workspace(needed_bytes: float, workspace_mib: float, what: str) -> None:
-    """The smallest piece of work must fit the workspace."""
-    if needed_bytes > workspace_mib * 2**20:
-        raise ValueError(
-            f"workspace_mib={workspace_mib:g} is too small: {what} needs "
-            f"{math.ceil(needed_bytes / 2**20)} MiB."
-        )
 
 
 def tensor(name: str, value: Any) -> None:

@@ -8,39 +8,12 @@ vendor's product.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from . import checks, chunked, cpp, gpu, sketch_checks, streaming
-from .logit_transform import LogitTransform
-from .problem import Problem
-
-Engine = Callable[[Problem], tuple[Tensor, Tensor]]
-
-
-def _over_kept_tokens(engine: Engine) -> Engine:
-    """Ignored tokens cost nothing; which they are has to be known on the host."""
-
-    def token_loss(problem: Problem) -> tuple[Tensor, Tensor]:
-        keep = problem.keep
-        if keep is None or keep.all():
-            return engine(problem._replace(keep=None))
-        loss, dhidden = engine(problem.kept_tokens())
-        return _scatter(loss, keep), _scatter(dhidden, keep) if problem.with_grad else dhidden
-
-    return token_loss
-
-
-# The engines of a GPU leave ignored tokens to their kernels and never wait for the device.
-ENGINES: dict[str, Engine] = {
-    "torch": _over_kept_tokens(chunked.token_loss),
-    "cpp": _over_kept_tokens(cpp.token_loss),
-    "triton": gpu.triton_token_loss,
-    "cuda": gpu.cuda_token_loss,
-    "streaming": streaming.token_loss,
-}
+from . import backends, checks, sketch_checks
+from .backends.formulas import LogitTransform
+from .backends.problem import Problem
 
 
 @torch.library.custom_op("softprompt_fast::token_loss", mutates_args=())
@@ -109,7 +82,7 @@ def token_loss(
     )
     # what the caller wants in a lower precision has been cast already; these products stay fp32
     with torch.autocast(hidden.device.type, enabled=False), torch.cuda.device_of(hidden):
-        loss, dhidden = ENGINES[backend](problem)
+        loss, dhidden = backends.ENGINES[backend](problem)
         if moment is not None and constant is not None:
             _take_tail_off(problem, alpha, moment, constant, loss, dhidden)
         return loss, dhidden
@@ -165,12 +138,6 @@ def _take_tail_off(
         loss[rows] = (loss[rows] - known).float()
         if problem.with_grad:
             dhidden[rows].sub_(tail, alpha=scale)
-
-
-def _scatter(rows: Tensor, keep: Tensor) -> Tensor:
-    out = rows.new_zeros((keep.shape[0], *rows.shape[1:]))
-    out[keep] = rows
-    return out
 
 
 def _save_for_backward(ctx, inputs, output) -> None:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks
-from .logit_transform import LogitTransform
+from .backends.formulas import LogitTransform
 from .reduction import reduce_tokens
 
 

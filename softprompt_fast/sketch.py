@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 
 from . import checks, sketch_checks
-from .logit_transform import LogitTransform
+from .backends.formulas import LogitTransform
+from .backends.matmul import project, project_back
+from .backends.problem import check_workspace
 from .options import check_options
-from .products import project, project_back
 
 # Entries kept apart, over a head in fp32 or in 16 bits: there, what is left in the tail is rounded.
 TOP_K, TOP_K_16_BIT = 32, 128
@@ -132,7 +133,7 @@ def sketch_teacher(
     rows = (hidden.unsqueeze(0) if hidden.dim() == 1 else hidden.flatten(0, -2)).to(weight.dtype)
     V, D = weight.shape
     row_bytes = 4 * (BUFFERS * V + (3 * min(top_k, V) + 4) * D)
-    checks.workspace(row_bytes, workspace_mib, "the logits of one token")
+    check_workspace(row_bytes, workspace_mib, "the logits of one token")
     transform = LogitTransform(None, logit_scale, temperature)
     chunk = max(1, int(workspace_mib * 2**20 / row_bytes))
     parts = [_sketch(part, weight, bias, min(top_k, V), transform) for part in rows.split(chunk)]

@@ -24,11 +24,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from softprompt_fast import gpu
-from softprompt_fast import streaming as streaming_engine
+from softprompt_fast.backends import gpu_rows
+from softprompt_fast.backends import gpu_streaming as streaming_engine
+from softprompt_fast.backends.formulas import LogitTransform
+from softprompt_fast.backends.problem import Problem
 from softprompt_fast.kernels import formulas, rows, streaming
-from softprompt_fast.logit_transform import LogitTransform
-from softprompt_fast.problem import Problem
 
 VOCABULARIES = (32000, 49152, 128256, 151936, 262144)
 WIDTH, TOKENS = 4096, 1024
@@ -95,7 +95,7 @@ def recorded_launches(plain: bool) -> set[Launch]:
         )
     for vocabulary in VOCABULARIES:
         for problem in problems(vocabulary, plain):
-            gpu.triton_token_loss(problem)
+            gpu_rows.triton_token_loss(problem)
             streaming_engine.token_loss(problem)
     assert {launch.kernel for launch in launches} == {kernel.__name__ for kernel in kernels}
     return launches

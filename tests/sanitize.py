@@ -83,11 +83,11 @@ def triton() -> None:
 
 
 def cuda() -> None:
-    from softprompt_fast import cuda
+    from softprompt_fast.backends import cuda_rows
 
     for vocabulary in CUDA_VOCABULARIES:
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            row_kernels(cuda, vocabulary, dtype, nll_only=False)
+            row_kernels(cuda_rows, vocabulary, dtype, nll_only=False)
 
 
 def streaming() -> None:

@@ -7,6 +7,7 @@ import torch
 
 import softprompt_fast as spf
 from softprompt_fast import backends
+from softprompt_fast.backends import registry
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -36,11 +37,11 @@ def test_interpreted_kernels_take_tensors_on_the_cpu_where_they_are_asked_for(mo
 
 
 def test_without_triton_a_gpu_takes_the_cuda_kernels(monkeypatch):
-    monkeypatch.setitem(backends._PROBLEMS, "triton", lambda: "Triton is not installed")
-    monkeypatch.setitem(backends._PROBLEMS, "cuda", lambda: None)
+    monkeypatch.setitem(registry._PROBLEMS, "triton", lambda: "Triton is not installed")
+    monkeypatch.setitem(registry._PROBLEMS, "cuda", lambda: None)
     assert backends.resolve("auto", CUDA) == "cuda"
     reason = "the extension was built without CUDA kernels"
-    monkeypatch.setitem(backends._PROBLEMS, "cuda", lambda: reason)
+    monkeypatch.setitem(registry._PROBLEMS, "cuda", lambda: reason)
     assert backends.resolve("auto", CUDA) == "torch"
 
 
@@ -52,7 +53,7 @@ def test_build_info_describes_the_extension():
 
 def test_auto_takes_the_fastest_for_the_device(monkeypatch):
     assert backends.resolve("auto", CPU) == "cpp"
-    monkeypatch.setattr(backends, "_gpu_problem", lambda: None)
+    monkeypatch.setattr(registry, "_gpu_problem", lambda: None)
     assert backends.resolve("auto", CUDA) == "triton"
     assert backends.resolve("auto", torch.device("meta")) == "torch"
 
@@ -63,7 +64,7 @@ def test_a_loss_on_the_cpu_asks_for_no_gpu(monkeypatch):
     def refuse():
         raise AssertionError("the GPU was asked for")
 
-    monkeypatch.setattr(backends, "_gpu_problem", refuse)
+    monkeypatch.setattr(registry, "_gpu_problem", refuse)
     assert backends.resolve("auto", CPU) == "cpp"
     assert backends.resolve("torch", CPU) == "torch"
 
@@ -75,7 +76,7 @@ def test_a_named_backend_is_that_backend():
 
 
 def test_without_the_extension_auto_falls_back_and_a_named_cpp_does_not(monkeypatch):
-    monkeypatch.setattr(backends, "_cpp_problem", "the compiled extension is missing (no compiler)")
+    monkeypatch.setattr(registry, "_cpp_problem", "the compiled extension is missing (no compiler)")
     assert backends.resolve("auto", CPU) == "torch"
     with pytest.raises(RuntimeError, match=r"'cpp' cannot be used: .* missing \(no compiler\)"):
         backends.resolve("cpp", CPU)
@@ -83,10 +84,10 @@ def test_without_the_extension_auto_falls_back_and_a_named_cpp_does_not(monkeypa
 
 def test_a_backend_that_cannot_run_is_refused_with_the_reason(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(backends, "_gpu_problem", lambda: "no GPU was found")
+    monkeypatch.setattr(registry, "_gpu_problem", lambda: "no GPU was found")
     with pytest.raises(RuntimeError, match="'triton' cannot be used: no GPU was found"):
         backends.resolve("triton", CPU)
-    monkeypatch.setattr(backends, "_gpu_problem", lambda: None)
+    monkeypatch.setattr(registry, "_gpu_problem", lambda: None)
     with pytest.raises(RuntimeError, match="'streaming' runs on a GPU only: the tensors are on c"):
         backends.resolve("streaming", CPU)
     with pytest.raises(RuntimeError, match="'cpp' runs on the CPU only: the tensors are on cuda"):

@@ -23,7 +23,8 @@ from cuda_on_cpu.row_contract import (
     run,
 )
 
-from softprompt_fast import backends, cuda
+from softprompt_fast import backends
+from softprompt_fast.backends import cuda_rows
 
 each_beta = pytest.mark.parametrize("beta", BETAS, ids="beta{}".format)
 each_loss = pytest.mark.parametrize("beta", [None, *BETAS], ids="beta{}".format)
@@ -39,7 +40,7 @@ def emulated(tmp_path_factory):
 
 @pytest.fixture(params=["emulated"] + ["gpu"] * (backends.available()["cuda"] is None))
 def kernels(request):
-    return cuda if request.param == "gpu" else request.getfixturevalue("emulated")
+    return cuda_rows if request.param == "gpu" else request.getfixturevalue("emulated")
 
 
 # ---- numbers

@@ -15,9 +15,8 @@ from contract import DEVICE, Case, check, each_loss, make_case, run
 from torch import Tensor
 
 import softprompt_fast as spf
-from softprompt_fast import ops
-from softprompt_fast.logit_transform import LogitTransform
-from softprompt_fast.problem import Problem
+from softprompt_fast.backends.formulas import LogitTransform
+from softprompt_fast.backends.problem import Problem
 
 ON_GPU = torch.cuda.is_available()
 MIB = 2**20
@@ -273,7 +272,7 @@ def test_a_target_outside_the_vocabulary_makes_its_row_nan(backend, loss, target
             None if nll else case.teacher, None, None, 0.0, 0.0 if nll else 0.5,
             LogitTransform(None, 1.0, 1.0), True, 256.0,
         )  # fmt: skip
-        return ops.ENGINES[backend](problem)
+        return spf.backends.ENGINES[backend](problem)
 
     expected = engine(case.targets)
     token_loss, gradient = engine(case.targets.masked_fill(bad | ignored, outside))
@@ -285,7 +284,10 @@ def test_a_target_outside_the_vocabulary_makes_its_row_nan(backend, loss, target
 
 
 def row_kernels(backend: str) -> ModuleType:
-    modules = {"triton": "softprompt_fast.kernels.rows", "cuda": "softprompt_fast.cuda"}
+    modules = {
+        "triton": "softprompt_fast.kernels.rows",
+        "cuda": "softprompt_fast.backends.cuda_rows",
+    }
     return importlib.import_module(modules[backend])
 
 

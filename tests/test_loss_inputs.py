@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import softprompt_fast as spf
+from softprompt_fast.backends import registry
 
 
 def call(case: Case, **options) -> torch.Tensor:
@@ -364,7 +365,7 @@ def test_an_unknown_option_is_named(loss):
 
 
 def test_a_backend_that_cannot_run_says_why(monkeypatch):
-    monkeypatch.setitem(spf.backends._PROBLEMS, "cuda", lambda: "no GPU was found")
+    monkeypatch.setitem(registry._PROBLEMS, "cuda", lambda: "no GPU was found")
     text = "backend 'cuda' cannot be used: no GPU was found"
     refuses(RuntimeError, text, make_case("linear_nll"), backend="cuda")
 

@@ -35,7 +35,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import softprompt_fast as spf
-from softprompt_fast import cpp
+from softprompt_fast.backends import cpu
 
 each_beta = pytest.mark.parametrize("beta", [0.0, 0.3, 1.0], ids="beta{}".format)
 
@@ -98,22 +98,22 @@ def test_a_small_workspace(backend, loss, dtype):
 
 def test_what_the_engine_keeps_between_its_sweeps_changes_no_bit(monkeypatch):
     """All logits, some or none, of many rows or of few: those that are computed again are equal."""
-    original = cpp.plan
+    original = cpu.plan
     vector = torch.ops.softprompt_fast_C.vector_rows()
 
     def forced(rows, stored):
         def plan(problem):
-            floats = cpp._workspace_floats(problem, rows, stored, threads=2)
-            return cpp.Plan(rows, stored, 2, floats)
+            floats = cpu._workspace_floats(problem, rows, stored, threads=2)
+            return cpu.Plan(rows, stored, 2, floats)
 
         return plan
 
     for arguments in ({"beta": 0.3}, {"beta": 0.0}, {"label_smoothing": 0.1, "alpha": 0.4}):
         case = make_case("linear_distill", shape=(47,), width=24, vocabulary=20011, **arguments)
-        monkeypatch.setattr(cpp, "plan", original)
+        monkeypatch.setattr(cpu, "plan", original)
         expected = run(case, backend="cpp")
         for rows, stored in product((vector, 2 * vector, 4 * vector), (0, 1, 7, 15, 16)):
-            monkeypatch.setattr(cpp, "plan", forced(rows, stored))
+            monkeypatch.setattr(cpu, "plan", forced(rows, stored))
             for result, same in zip(run(case, backend="cpp"), expected, strict=True):
                 assert torch.equal(result, same), (arguments, rows, stored)
 
@@ -140,7 +140,7 @@ def test_the_engine_keeps_to_its_comfort(tokens, vocabulary, width, threads, wor
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "get_num_threads", lambda: threads)
-        plan = cpp.plan(problem)
+        plan = cpu.plan(problem)
     assert 4 * plan.floats <= workspace_mib * 2**20
     logits_mib = 4 * tokens * vocabulary / 2**20
     comfort_mib = max(32, min(16 * plan.threads, logits_mib), workspace_mib / 8)

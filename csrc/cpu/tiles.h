@@ -108,7 +108,7 @@ struct Softmax {
 };
 
 // Divergences of teacher p and student q, one vocabulary entry at a time; see
-// softprompt_fast/divergences.py. The slope may be shifted by any multiple of q. Where it is q * rate,
+// softprompt_fast/backends/formulas.py. The slope may be shifted by any multiple of q. Where it is q * rate,
 // taking off the rate of the student's most probable entry keeps a confident student from cancelling.
 struct ValueSlope {
   vf value, slope;

@@ -1,5 +1,5 @@
 // The mathematics of an entry of the vocabulary: logit transform, divergences, log softmax. The formulas and
-// their reasons are those of softprompt_fast/divergences.py and of csrc/cpu/tiles.h.
+// their reasons are those of softprompt_fast/backends/formulas.py and of csrc/cpu/tiles.h.
 //
 // Compiled with -fmad=false: only __fmaf_rn is fused, so that equal arithmetic gives equal numbers wherever
 // it stands.

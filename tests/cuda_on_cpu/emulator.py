@@ -1,4 +1,4 @@
-"""csrc/cuda/rows.cu compiled by g++ for the CPU, behind the signatures of softprompt_fast.cuda."""
+"""csrc/cuda/rows.cu compiled by g++ for the CPU, with the signatures of backends/cuda_rows.py."""
 
 from __future__ import annotations
 

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from contract import FP16_STEP, U32, U_DTYPE
 from torch import Tensor
 
-from softprompt_fast import cuda
-from softprompt_fast.logit_transform import LogitTransform
+from softprompt_fast.backends import cuda_rows
+from softprompt_fast.backends.formulas import LogitTransform
 
 BETAS = (0.0, 0.3, 1.0)
 
@@ -123,7 +123,7 @@ def run(
     dz_stride: int | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """loss, dz, unscale; what must not be written has not been.    lifted: fp16 with unscale"""
-    device = "cuda" if kernels is cuda else "cpu"
+    device = "cuda" if kernels is cuda_rows else "cpu"
     logits = poisoned(rows.logits, device)
     count, vocabulary = logits.shape
     options = {

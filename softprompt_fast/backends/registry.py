@@ -1,4 +1,4 @@
-"""Which backends there are, which of them can run here, and which one "auto" takes."""
+"""The backends: their engines, which of them can run here, and which one "auto" takes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ from collections.abc import Callable
 from types import ModuleType
 
 import torch
+from torch import Tensor
+
+from . import cpu, gpu_rows, gpu_streaming, pytorch
+from .problem import Problem
 
 _C: ModuleType | None
 _cpp_problem: str | None
@@ -93,3 +97,35 @@ def resolve(name: str, device: torch.device) -> str:
         kind = {"cpu": "the CPU", "cuda": "a GPU"}[wanted]
         raise RuntimeError(f"backend {name!r} runs on {kind} only: the tensors are on {device}.")
     return name
+
+
+Engine = Callable[[Problem], tuple[Tensor, Tensor]]
+
+
+def _over_kept_tokens(engine: Engine) -> Engine:
+    """Ignored tokens cost nothing; which they are has to be known on the host."""
+
+    def token_loss(problem: Problem) -> tuple[Tensor, Tensor]:
+        keep = problem.keep
+        if keep is None or keep.all():
+            return engine(problem._replace(keep=None))
+        loss, dhidden = engine(problem.kept_tokens())
+        return _scatter(loss, keep), _scatter(dhidden, keep) if problem.with_grad else dhidden
+
+    return token_loss
+
+
+def _scatter(rows: Tensor, keep: Tensor) -> Tensor:
+    out = rows.new_zeros((keep.shape[0], *rows.shape[1:]))
+    out[keep] = rows
+    return out
+
+
+# The engines of a GPU leave ignored tokens to their kernels and never wait for the device.
+ENGINES: dict[str, Engine] = {
+    "torch": _over_kept_tokens(pytorch.token_loss),
+    "cpp": _over_kept_tokens(cpu.token_loss),
+    "triton": gpu_rows.triton_token_loss,
+    "cuda": gpu_rows.cuda_token_loss,
+    "streaming": gpu_streaming.token_loss,
+}

@@ -1,11 +1,12 @@
-"""Divergences between teacher p and student q, one vocabulary entry at a time.
+"""The formulas, one vocabulary entry at a time: from raw products to logits, then to a divergence.
 
-Each function maps ``(log_p, log_q)`` to ``(value, slope)``: ``value`` sums to the divergence, and
-``slope`` is the derivative of that sum by ``log_q``, up to a multiple of q. That freedom costs
-nothing, because the gradient by the logits, ``slope - q * slope.sum()``, does not see it; it is
-used here to keep small differences small. Near convergence ``p (log p - log q)`` cancels between
-entries, so KL's value is written as ``p (e^d - 1 - d)`` with ``d = log q - log p``: never negative,
-and exact for small d. The two terms of Jensen-Shannon cancel within an entry, which loses nothing.
+A divergence between teacher p and student q maps ``(log_p, log_q)`` to ``(value, slope)``:
+``value`` sums to the divergence, and ``slope`` is the derivative of that sum by ``log_q``, up to a
+multiple of q. That freedom costs nothing, because the gradient by the logits,
+``slope - q * slope.sum()``, does not see it; it is used here to keep small differences small. Near
+convergence ``p (log p - log q)`` cancels between entries, so KL's value is written as
+``p (e^d - 1 - d)`` with ``d = log q - log p``: never negative, and exact for small d. The two terms
+of Jensen-Shannon cancel within an entry, which loses nothing.
 
 ``beta`` follows TRL and Liger: 0 is KL(p || q), 1 is KL(q || p), between is the generalised
 Jensen-Shannon divergence with the mixture m = beta p + (1 - beta) q.
@@ -16,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +31,31 @@ SMALL = 0.5
 RULED_OUT = 1.0
 # Where p / q would exceed e^FAR, q / m is taken from p's side: nothing overflows.
 FAR = 30.0
+
+
+class LogitTransform(NamedTuple):
+    """``z = softcap * tanh(logit_scale * (W h + b) / softcap) / temperature``; no cap where None.
+
+    ``softcap`` is Gemma 2's final_logit_softcapping, ``logit_scale`` is Cohere's factor (Granite
+    divides by logits_scaling), ``temperature`` flattens the softmax of student and teacher alike.
+    """
+
+    softcap: float | None = None
+    logit_scale: float = 1.0
+    temperature: float = 1.0
+
+    def __call__(self, raw: Tensor) -> Tensor:
+        z = raw * self.logit_scale
+        if self.softcap is not None:
+            z = self.softcap * (z / self.softcap).tanh()
+        return z / self.temperature
+
+    def slope(self, z: Tensor) -> Tensor | float:
+        """dz / draw, from the finished logit ``z``."""
+        linear = self.logit_scale / self.temperature
+        if self.softcap is None:
+            return linear
+        return linear * (1 - (z * (self.temperature / self.softcap)) ** 2)
 
 
 def excess(d: Tensor) -> Tensor:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from .logit_transform import LogitTransform
+from .formulas import LogitTransform
 
 
 class Problem(NamedTuple):
@@ -85,3 +86,12 @@ class Problem(NamedTuple):
 def round_up(count: int, multiple: int) -> int:
     """The next multiple, or ``count`` itself where it is one."""
     return -(-count // multiple) * multiple
+
+
+def check_workspace(needed_bytes: float, workspace_mib: float, what: str) -> None:
+    """The smallest piece of work must fit the workspace."""
+    if needed_bytes > workspace_mib * 2**20:
+        raise ValueError(
+            f"workspace_mib={workspace_mib:g} is too small: {what} needs "
+            f"{math.ceil(needed_bytes / 2**20)} MiB."
+        )

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, cuda, streaming
-from .problem import Problem, round_up
-from .products import gradient_dtype, project, project_back
+from . import cuda_rows, gpu_streaming
+from .matmul import gradient_dtype, project, project_back
+from .problem import Problem, check_workspace, round_up
 
 # Rows of logits start at multiples of this many entries: 16-byte accesses whatever V is.
 ALIGNMENT = 8
@@ -31,14 +31,14 @@ LEAST_ROWS = 64
 
 def triton_token_loss(problem: Problem) -> tuple[Tensor, Tensor]:
     """Triton's row kernels; where the workspace is too small for them, the streaming engine."""
-    from .kernels import rows
+    from ..kernels import rows
 
-    return token_loss(problem, rows) if fits(problem) else streaming.token_loss(problem)
+    return token_loss(problem, rows) if fits(problem) else gpu_streaming.token_loss(problem)
 
 
 def cuda_token_loss(problem: Problem) -> tuple[Tensor, Tensor]:
     """The row kernels of csrc/cuda."""
-    return token_loss(problem, cuda)
+    return token_loss(problem, cuda_rows)
 
 
 def token_loss(problem: Problem, row_kernels: ModuleType) -> tuple[Tensor, Tensor]:
@@ -50,7 +50,7 @@ def token_loss(problem: Problem, row_kernels: ModuleType) -> tuple[Tensor, Tenso
     tokens, width = problem.hidden.shape
     vocabulary = len(problem.weight)
     needed = ROW_MULTIPLE * _row_bytes(problem)
-    checks.workspace(needed, problem.workspace_mib, f"a chunk of {ROW_MULTIPLE} rows")
+    check_workspace(needed, problem.workspace_mib, f"a chunk of {ROW_MULTIPLE} rows")
     empty = problem.hidden.new_empty
     padded = round_up(tokens, ROW_MULTIPLE)
     loss = empty(padded, dtype=torch.float32)

@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks
-from .problem import Problem, round_up
-from .products import gradient_dtype
+from .matmul import gradient_dtype
+from .problem import Problem, check_workspace, round_up
 
 # Terms that are summed before they are added to dh; strips are multiples of it.
 SUM = 2048
@@ -54,15 +53,15 @@ def token_loss(problem: Problem) -> tuple[Tensor, Tensor]:
 
 def plan_workspace(problem: Problem) -> Plan:
     """All rows with the widest strip that fits, else the narrowest strip and fewer rows."""
-    from .kernels import formulas
-    from .kernels import streaming as kernels
+    from ..kernels import formulas
+    from ..kernels import streaming as kernels
 
     K, _ = formulas.entry_numbers(problem.more_targets)
     numbers = NUMBERS_PER_PART * kernels.PARTS.value + kernels.STATISTICS + 1 + K
     column_bytes = gradient_dtype(problem.weight).itemsize if problem.with_grad else 0
     budget = problem.workspace_mib * 2**20
     row_bytes = 4 * numbers + SUM * column_bytes
-    checks.workspace(LEAST_ROWS * row_bytes, problem.workspace_mib, f"a chunk of {LEAST_ROWS} rows")
+    check_workspace(LEAST_ROWS * row_bytes, problem.workspace_mib, f"a chunk of {LEAST_ROWS} rows")
     rows = max(1, min(int(budget / row_bytes), len(problem.hidden)))
     if not problem.with_grad:
         return Plan(rows, 0)
@@ -75,7 +74,7 @@ class Sweeps:
     """The sweeps over the head for R tokens, and what they leave behind."""
 
     def __init__(self, problem: Problem):
-        from .kernels import formulas, streaming
+        from ..kernels import formulas, streaming
 
         self.kernels = streaming
         self.problem = problem

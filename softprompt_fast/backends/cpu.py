@@ -13,8 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks
-from .problem import Problem
+from .problem import Problem, check_workspace
 
 # A panel of rows is work for so many threads; with work for twice as many, few of them wait.
 THREADS_PER_PANEL = 8
@@ -97,7 +96,7 @@ def plan(problem: Problem) -> Plan:
                 plans = (_within(problem, max(comfort, least), rows, threads) for rows in choices)
                 return min(filter(None, plans), key=partial(_cost, problem))
         if threads == 1:
-            checks.workspace(4 * least, problem.workspace_mib, f"a chunk of {fewest} rows")
+            check_workspace(4 * least, problem.workspace_mib, f"a chunk of {fewest} rows")
         threads = -(-threads // 2)
 
 
