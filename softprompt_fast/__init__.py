@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from . import backends, reference
-from .losses import LossOptions, linear_distill, linear_kl, linear_nll
-from .modules import LinearKLLoss, LinearNLLLoss, linear_cross_entropy
-from .sketch import TeacherSketch, sketch_teacher
+from . import backends
+from .losses import reference
+from .losses.functional import LossOptions, linear_distill, linear_kl, linear_nll
+from .losses.modules import LinearKLLoss, LinearNLLLoss, linear_cross_entropy
+from .losses.sketch import TeacherSketch, sketch_teacher
 
 if TYPE_CHECKING:
     from .arguments import SoftPromptTrainingArguments

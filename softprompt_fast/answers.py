@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .head import OutputHead
-from .sketch import TeacherSketch, sketch_teacher
+from .losses.sketch import TeacherSketch, sketch_teacher
 
 # Before the names of a sketch's tensors.
 SKETCH = "sketch."

@@ -10,7 +10,7 @@ from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 
 from . import backends
-from .options import check_options
+from .losses.options import check_options
 from .utils.errors import check_at_least
 
 Objective = Literal["nll", "kl", "mix"]

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .losses.sketch import TeacherSketch
 from .packing import PADDING, SHARED, pack
 from .prompting import Query, student_layout
-from .sketch import TeacherSketch
 from .teacher import Answer
 
 IGNORE = -100

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .head import OutputHead, hidden_states
-from .losses import linear_nll
+from .losses.functional import linear_nll
 from .prompting import Query
 
 FULL, NONE, SOFT = "full context", "no context", "soft prompt"

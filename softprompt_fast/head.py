@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from . import reference
+from .losses import reference
 
 
 @dataclass(kw_only=True, frozen=True)

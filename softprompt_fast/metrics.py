@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .head import OutputHead
-from .losses import linear_kl, linear_nll
+from .losses.functional import linear_kl, linear_nll
 
 # Alternatives whose ranking is compared.
 TOP = 20

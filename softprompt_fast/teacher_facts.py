@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 from .answers import SketchOptions
 from .decoding import PLAIN
 from .head import OutputHead
+from .losses.sketch import entries_kept
 from .prompting import Query
 from .sharded_base import whole
-from .sketch import entries_kept
 from .teacher import Teacher
 
 # Raised whenever the same facts lead to other bytes.

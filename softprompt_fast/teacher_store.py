@@ -8,7 +8,7 @@ from typing import Any, Literal
 from .answers import SketchOptions
 from .arguments import SoftPromptTrainingArguments
 from .head import OutputHead
-from .sketch import entries_kept
+from .losses.sketch import entries_kept
 from .utils.errors import UsageError
 
 Store = Literal["auto", "sketch", "hidden", "online"]

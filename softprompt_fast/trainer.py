@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from . import losses, reference
+from . import losses
 from .arguments import SoftPromptTrainingArguments
 from .checkpoints import (
     last_good_checkpoint,
@@ -28,10 +28,10 @@ from .checkpoints import (
 )
 from .examples import check_examples
 from .logged_trainer import LoggedTrainer
+from .losses.sketch import TeacherSketch
 from .model import IGNORE, SoftPromptModel, TrainingExample, scaled
 from .sharded_base import in_lockstep, sharded_parameters
 from .sharding import own_share, shared_loader
-from .sketch import TeacherSketch
 from .soft_prompt import SoftPrompt
 from .teacher import Reading, Teacher
 from .training_log import TRAINING_LOG_FILE
@@ -236,7 +236,7 @@ class SoftPromptTrainer(LoggedTrainer):
         args = self.args
         head = self.model.head
         options = {"temperature": args.temperature, "reduction": "sum", **head.loss_options()}
-        impl: Any = reference
+        impl: Any = losses.reference
         if args.loss_impl == "fused":
             impl = losses
             options |= {"backend": args.backend, "workspace_mib": args.workspace_mib}

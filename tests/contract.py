@@ -28,6 +28,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import softprompt_fast as spf
+from softprompt_fast.backends import registry
 
 # Interpreted, the GPU's backends take tensors on the CPU.
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -287,7 +288,7 @@ def run(case: Case, **options: Any) -> tuple[Tensor, Tensor]:
     """(loss, gradient by hidden) of the library.    options: backend and others for this call"""
     backend = options.get("backend")
     device = torch.device("cpu") if backend == "cpp" else DEVICE
-    kernels_write = spf.backends.DEVICES.get(str(backend)) == "cuda"
+    kernels_write = registry.DEVICES.get(str(backend)) == "cuda"
     with fresh_memory_is_nan() if kernels_write else contextlib.nullcontext():
         results = _loss_and_gradient(spf, case.with_options(**options).on(device))
     return tuple(value.cpu() for value in results)

@@ -28,7 +28,7 @@ from contract import (
 
 import softprompt_fast as spf
 from softprompt_fast import TeacherSketch, sketch_teacher
-from softprompt_fast.sketch import sparse_target
+from softprompt_fast.losses.sketch import sparse_target
 
 LOSSES = ("linear_kl", "linear_distill")
 each_loss = pytest.mark.parametrize("loss", LOSSES)

@@ -150,7 +150,7 @@ def test_no_logits_are_computed_in_training(tmp_path):
 
     trainer.model.base.get_output_embeddings().register_forward_hook(refuse)
     projected = []
-    impl = spf.losses.linear_kl
+    impl = spf.linear_kl
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             spf.losses, "linear_kl", lambda h, *a, **k: projected.append(len(h)) or impl(h, *a, **k)

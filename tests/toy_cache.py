@@ -10,7 +10,7 @@ from test_teacher import CONTEXT, QUESTIONS, given_answers, make_queries, make_t
 from toy import make_model, make_tokenizer
 
 from softprompt_fast.answers import Answer, SketchOptions
-from softprompt_fast.sketch import TeacherSketch
+from softprompt_fast.losses.sketch import TeacherSketch
 from softprompt_fast.teacher_cache import TeacherCache
 from softprompt_fast.teacher_facts import queries_sha256, teacher_facts, tensor_bytes
 

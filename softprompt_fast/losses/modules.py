@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from . import checks
-from .losses import linear_kl, linear_nll
+from .functional import linear_kl, linear_nll
 from .options import LossOptions, check_options
 
 

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..backends.formulas import LogitTransform
 from . import checks
-from .backends.formulas import LogitTransform
-from .reduction import reduce_tokens
+from .options import reduce_tokens
 
 
 def logits(

@@ -11,9 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import backends, checks, sketch_checks
-from .backends.formulas import LogitTransform
-from .backends.problem import Problem
+from .. import backends
+from ..backends.formulas import LogitTransform
+from ..backends.problem import Problem
+from . import checks, sketch_checks
 
 
 @torch.library.custom_op("softprompt_fast::token_loss", mutates_args=())

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, checks, ops, sketch_checks
-from .options import LossOptions, check_options
-from .reduction import reduce_tokens
+from .. import backends
+from . import checks, op, sketch_checks
+from .options import LossOptions, check_options, reduce_tokens
 from .sketch import TeacherSketch, sparse_target
 
 
@@ -148,7 +148,7 @@ def _loss(
     elif alpha is not None:
         checks.teacher(hidden, weight, teacher, teacher_weight, teacher_bias)
 
-    token_loss, _ = ops.token_loss(
+    token_loss, _ = op.token_loss(
         _rows(hidden).to(weight.dtype),
         weight,
         options.bias,

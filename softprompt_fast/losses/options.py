@@ -1,4 +1,4 @@
-"""The options that all losses share, and what a loss's numbers may be."""
+"""The options that all losses share, what a loss's numbers may be, and how tokens are reduced."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -81,3 +82,25 @@ def _check_number(name: str, value: Any, rule: Number) -> None:
         raise TypeError(f"{name} must be {kind}: got {type(value).__name__} {value!r}.{remedy}")
     if not rule.allowed(value):
         raise ValueError(f"{name} must be {rule.text}: got {value}.")
+
+
+def reduce_tokens(
+    token_loss: Tensor, keep: Tensor | None, token_weight: Tensor | None, reduction: str
+) -> Tensor:
+    """Weigh and sum the tokens that count; "mean" divides by their number, or by their weight.
+
+    token_loss [...]; keep [...] bool, None where all count; token_weight [...].
+    With nothing that counts the sum and the mean are 0, never NaN.
+    """
+    weight = torch.ones_like(token_loss) if token_weight is None else token_weight
+    weight = weight.to(token_loss.dtype)
+    if keep is not None:
+        # before the product: what is ignored may be infinite or NaN
+        token_loss, weight = (torch.where(keep, value, 0.0) for value in (token_loss, weight))
+    token_loss = token_loss * weight
+    if reduction == "none":
+        return token_loss
+    if reduction == "sum":
+        return token_loss.sum()
+    # weights may cancel: then the mean is not finite, as it is in PyTorch
+    return token_loss.sum() / torch.where((weight != 0).any(), weight.sum(), 1.0)

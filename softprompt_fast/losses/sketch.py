@@ -23,10 +23,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..backends.formulas import LogitTransform
+from ..backends.matmul import project, project_back
+from ..backends.problem import check_workspace
 from . import checks, sketch_checks
-from .backends.formulas import LogitTransform
-from .backends.matmul import project, project_back
-from .backends.problem import check_workspace
 from .options import check_options
 
 # Entries kept apart, over a head in fp32 or in 16 bits: there, what is left in the tail is rounded.
