@@ -30,7 +30,7 @@ from rich.console import Console
 from transformers import PrinterCallback
 
 import softprompt_fast as spf
-from softprompt_fast.data import Record
+from softprompt_fast.data.records import Record
 from softprompt_fast.examples import make_examples
 from softprompt_fast.model import SoftPromptModel, TrainingExample
 from softprompt_fast.pretrained import load_model

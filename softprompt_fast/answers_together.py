@@ -8,8 +8,8 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from .answers import Answer, SketchOptions, pack, unpack
+from .data.queries import Query
 from .head import OutputHead
-from .prompting import Query
 from .sharded_base import in_lockstep
 from .teacher import Teacher
 

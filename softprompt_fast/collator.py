@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .data.queries import Query, student_layout
 from .losses.sketch import TeacherSketch
 from .packing import PADDING, SHARED, pack
-from .prompting import Query, student_layout
 from .teacher import Answer
 
 IGNORE = -100

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .data.queries import Query
 from .head import OutputHead, hidden_states
 from .losses.functional import linear_nll
-from .prompting import Query
 
 FULL, NONE, SOFT = "full context", "no context", "soft prompt"
 CUT, PRUNED = "cut context", "pruned context"

@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
-from .data import read_utf8
 from .utils.console import closest
 from .utils.errors import UsageError
+from .utils.files import read_utf8
 
 PATH_OPTIONS = (
     *("context_file", "train_file", "eval_file", "output_dir", "prompt_dir", "query_file"),

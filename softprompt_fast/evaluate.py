@@ -27,13 +27,13 @@ from .conditions import (
     Rankings,
     with_pruned_context,
 )
-from .data import Record
+from .data.queries import Query, cut_context, without_context
+from .data.records import Record
 from .examples import make_examples
 from .generate import generate
 from .metrics import QUANTILES, Tokens, series, summary, token_metrics, tokens_by_position
 from .model import SoftPromptModel
 from .nearest import nearest_tokens
-from .prompting import Query, cut_context, without_context
 from .soft_prompt import SoftPrompt
 from .teacher import Teacher
 from .utils.text import pieces

@@ -8,9 +8,9 @@ from typing import Any
 from .answers import SketchOptions
 from .answers_together import answer_together
 from .arguments import SoftPromptTrainingArguments
-from .data import Record
+from .data.queries import Query, tokenize_answer, tokenize_query
+from .data.records import Record
 from .model import SoftPromptModel, TrainingExample
-from .prompting import Query, tokenize_answer, tokenize_query
 from .teacher import Teacher
 from .teacher_cache import TeacherCache
 from .teacher_facts import teacher_facts

@@ -17,12 +17,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from .data import Record
-from .decoding import end_ids
-from .export_usage import QUESTION, Usage, usage_in_peft, usage_in_vllm, usage_of_safetensors
-from .head import input_embedding
-from .model import SoftPromptModel
-from .prompting import (
+from .data.queries import (
     Query,
     render_query,
     slot_is_system_message,
@@ -30,6 +25,11 @@ from .prompting import (
     text_ids,
     tokenize_query,
 )
+from .data.records import Record
+from .decoding import end_ids
+from .export_usage import QUESTION, Usage, usage_in_peft, usage_in_vllm, usage_of_safetensors
+from .head import input_embedding
+from .model import SoftPromptModel
 from .soft_prompt import PEFT_FILE, WEIGHTS_FILE, SoftPrompt
 from .utils.files import write_bytes, write_json
 

@@ -66,7 +66,7 @@ def usage_in_peft(
             'query = tokenize_query(tokenizer, [{"role": "user", "content": question}], "")\n'
         )
         ids = "query.after"
-        library = "from softprompt_fast.prompting import tokenize_query\n"
+        library = "from softprompt_fast.data.queries import tokenize_query\n"
     notes = [
         "The generation config holds what ends an answer, and nothing else: that of the checkpoint "
         "may bring penalties, with which it was not trained.",

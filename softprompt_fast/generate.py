@@ -10,10 +10,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.generation.streamers import BaseStreamer
 
+from .data.queries import Query, student_layout
 from .decoding import in_batches, write
 from .model import SoftPromptModel, TrainingExample
 from .prefix_cache import Prefix
-from .prompting import Query, student_layout
 from .teacher import Answer, Teacher
 from .utils.text import INCOMPLETE
 

@@ -10,10 +10,10 @@ from transformers import PreTrainedModel
 
 from .activation_checkpointing import check_checkpointing, set_checkpointing
 from .collator import IGNORE, Collator, Packing, TrainingExample
+from .data.queries import Query, student_layout
 from .head import OutputHead, check_head, hidden_states, input_embedding, position_limit
 from .packing import attention_mask as mask_of_segments
 from .packing import longest_packed
-from .prompting import Query, student_layout
 from .soft_prompt import SoftPrompt
 
 __all__ = ["IGNORE", "Collator", "SoftPromptModel", "TrainingExample", "scaled"]

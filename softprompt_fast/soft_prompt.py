@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .base_facts import base_facts, differences
+from .data.queries import PLACEMENTS, Placement
 from .head import input_embedding
-from .prompting import PLACEMENTS, Placement
 from .utils.files import read_json, refuse_pickle, write_bytes, write_json
 
 PromptInit = Literal["context", "text", "vocab", "random"]

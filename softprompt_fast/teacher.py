@@ -18,10 +18,10 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .answers import Answer, SketchOptions, keep_sketches, keep_states
+from .data.queries import Query, teacher_ids
 from .decoding import PLAIN, Sampling, end_ids, in_batches, write
 from .head import OutputHead, hidden_states, position_limit
 from .prefix_cache import Prefix
-from .prompting import Query, teacher_ids
 
 # A shard is this many batches. No batch has queries of two shards, so each can be kept, lost and
 # computed again without a change to another.

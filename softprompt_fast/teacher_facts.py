@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .answers import SketchOptions
+from .data.queries import Query
 from .decoding import PLAIN
 from .head import OutputHead
 from .losses.sketch import entries_kept
-from .prompting import Query
 from .sharded_base import whole
 from .teacher import Teacher
 

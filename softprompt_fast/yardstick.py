@@ -8,10 +8,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from .data.queries import Query, without_context
 from .losses.functional import linear_kl
 from .losses.sketch import TeacherSketch
 from .model import TrainingExample
-from .prompting import Query, without_context
 from .teacher import Reading, Teacher
 from .trainer import SoftPromptTrainer
 

@@ -8,8 +8,8 @@ import re
 
 import pytest
 
-from softprompt_fast import data
-from softprompt_fast.data import read_jsonl, read_text
+from softprompt_fast.data import records
+from softprompt_fast.data.records import read_jsonl, read_text
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def test_not_utf8_gives_the_offset_in_the_file(write):
 
 
 def test_a_giant_line_stops_at_the_cap(write, monkeypatch):
-    monkeypatch.setattr(data, "MAX_LINE_BYTES", 40)
+    monkeypatch.setattr(records, "MAX_LINE_BYTES", 40)
     assert len(read_jsonl(write(LINE.format("a" * 25)))) == 1
     with pytest.raises(ValueError, match=r":2: the line is longer than 40 bytes"):
         read_jsonl(write(LINE.format("a") + LINE.format("a" * 26)))

@@ -13,7 +13,7 @@ from test_trainer import CONTEXT, QUESTIONS, make_examples, make_trainer, traine
 from toy import make_model, make_tokenizer
 from transformers import TrainerCallback
 
-from softprompt_fast.data import Record
+from softprompt_fast.data.records import Record
 from softprompt_fast.diagnosis import diagnose, recovered
 from softprompt_fast.evaluate import evaluate
 from softprompt_fast.examples import make_examples as own_examples

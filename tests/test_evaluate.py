@@ -12,9 +12,9 @@ from toy import make_model, make_tokenizer
 from toy_run import CONTEXT, HELD_OUT, NEW_TOKENS
 
 from softprompt_fast.conditions import CONDITIONS
-from softprompt_fast.data import Record
+from softprompt_fast.data.queries import student_layout, teacher_ids, tokenize_query
+from softprompt_fast.data.records import Record
 from softprompt_fast.evaluate import evaluate
-from softprompt_fast.prompting import student_layout, teacher_ids, tokenize_query
 from softprompt_fast.report.tables import side_by_side, table
 from softprompt_fast.soft_prompt import SoftPrompt, SoftPromptConfig
 

@@ -14,10 +14,10 @@ from toy import CHAT_TEMPLATE, make_model, make_tokenizer
 from toy_run import QUESTIONS, write_lines
 
 from softprompt_fast.cli import main
+from softprompt_fast.data.queries import tokenize_query
 from softprompt_fast.generate import generate
 from softprompt_fast.model import SoftPromptModel
 from softprompt_fast.pretrained import load_model
-from softprompt_fast.prompting import tokenize_query
 from softprompt_fast.soft_prompt import SoftPrompt, SoftPromptConfig
 from softprompt_fast.utils.files import new_directory
 
@@ -114,7 +114,7 @@ def test_peft_where_text_that_goes_on_is_other_tokens(tmp_path, monkeypatch):
     assert toy.export("peft") == 0
     readme = (tmp_path / "out/README.md").read_text()
     code = re.search(r"```python\n(.*)```", readme, re.DOTALL)[1]
-    assert "from softprompt_fast.prompting import tokenize_query" in code
+    assert "from softprompt_fast.data.queries import tokenize_query" in code
     found = []
     exec(code, {"print": found.append})
     assert [found[0].strip()] == toy.answers([user("Hi")])

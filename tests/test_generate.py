@@ -11,9 +11,9 @@ from toy_run import CONTEXT, NEW_TOKENS, QUESTIONS, save_toy_model
 from transformers import AutoModelForCausalLM
 
 from softprompt_fast.cli import main
+from softprompt_fast.data.queries import tokenize_query
 from softprompt_fast.generate import Pieces, generate, stream
 from softprompt_fast.model import SoftPromptModel
-from softprompt_fast.prompting import tokenize_query
 from softprompt_fast.soft_prompt import SoftPrompt, SoftPromptConfig
 
 

@@ -21,13 +21,13 @@ from toy_run import save_toy_model
 
 import softprompt_fast as spf
 from softprompt_fast import pretrained
+from softprompt_fast.data.queries import tokenize_query
 from softprompt_fast.export import export_peft
 from softprompt_fast.generate import generate
 from softprompt_fast.head import OutputHead, hidden_states
 from softprompt_fast.model import SoftPromptModel
 from softprompt_fast.native import is_native
 from softprompt_fast.pretrained import load_model, smollm2
-from softprompt_fast.prompting import tokenize_query
 
 pytestmark = pytest.mark.xdist_group("the real model")
 

@@ -9,15 +9,15 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from toy import CHAT_TEMPLATE, SPECIAL_TOKENS, make_model, make_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from softprompt_fast.data import Record
-from softprompt_fast.examples import make_examples
-from softprompt_fast.prompting import (
+from softprompt_fast.data.queries import (
     cut_context,
     student_layout,
     teacher_ids,
     tokenize_answer,
     tokenize_query,
 )
+from softprompt_fast.data.records import Record
+from softprompt_fast.examples import make_examples
 from softprompt_fast.teacher import Teacher
 
 USER = {"role": "user", "content": "When do you open?"}

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..data import MAX_LINE_BYTES
+from ..data.queries import Query, tokenize_query
+from ..data.records import MAX_LINE_BYTES
 from ..model import SoftPromptModel
-from ..prompting import Query, tokenize_query
 from ..run_directory import read_run
 from ..utils.console import complain, progress, say
 from . import Command, Invocation

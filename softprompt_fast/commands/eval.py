@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ..data import read_jsonl, read_text
+from ..data.records import read_jsonl, read_text
 from ..evaluate import evaluate
 from ..examples import check_contexts
 from ..report.page import page

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ..data import Record, read_jsonl
+from ..data.records import Record, read_jsonl
 from ..export import export_peft, export_safetensors, export_vllm
 from ..export_usage import Usage
 from ..model import SoftPromptModel

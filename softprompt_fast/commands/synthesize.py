@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..context_chunks import cut_into_chunks
-from ..data import read_text
+from ..data.queries import text_ids
+from ..data.records import read_text
 from ..decoding import Sampling
 from ..pretrained import check_dtype, load_model
-from ..prompting import text_ids
 from ..query_kinds import KINDS
 from ..query_plan import Plan
 from ..query_texts import hold_out

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel, set_seed
 
 from ..arguments import SoftPromptTrainingArguments
-from ..data import Record, read_jsonl, read_text
+from ..data.records import Record, read_jsonl, read_text
 from ..examples import check_contexts, count_cut, make_examples
 from ..find_lr import find_lr
 from ..head import OutputHead

@@ -195,3 +195,21 @@ def refuse_pickle(path: Path) -> None:
     is_pickle = head[:1] == b"\x80" or head[:4] == b"PK\x03\x04"
     found = "a pickle (torch.save), which is never opened here" if is_pickle else "something else"
     raise ValueError(f"{path} must be a safetensors file: its content is {found}.")
+
+
+def read_utf8(path, digest: Any = None) -> str:
+    """The whole file, without a byte order mark. Raises ValueError naming the first bad byte."""
+    raw = Path(path).read_bytes()
+    if digest is not None:
+        digest.update(raw)
+    return decode_utf8(raw, path, 0)
+
+
+def decode_utf8(raw: bytes, path, offset: int) -> str:
+    try:
+        return raw.decode("utf-8").removeprefix("\ufeff" if offset == 0 else "")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: not UTF-8: byte 0x{raw[error.start]:02x} at offset {offset + error.start}. "
+            "Save the file as UTF-8."
+        ) from None

@@ -17,10 +17,10 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from .utils.text import shortened
+from ..utils.files import decode_utf8, read_utf8
+from ..utils.text import shortened
 
 MAX_LINE_BYTES = 10 * 2**20
 FIELDS = ("prompt", "messages", "completion", "context")
@@ -69,14 +69,6 @@ def read_text(path, digest: Any = None) -> str:
     return text
 
 
-def read_utf8(path, digest: Any = None) -> str:
-    """The whole file, without a byte order mark. Raises ValueError naming the first bad byte."""
-    raw = Path(path).read_bytes()
-    if digest is not None:
-        digest.update(raw)
-    return _decode(raw, path, 0)
-
-
 def _lines(path, digest: Any) -> Iterator[tuple[int, str]]:
     """``(number, line)``, holding no more than one line (of bounded size) in memory."""
     offset = 0
@@ -89,18 +81,8 @@ def _lines(path, digest: Any) -> Iterator[tuple[int, str]]:
                 )
             if digest is not None:
                 digest.update(raw)
-            yield number, _decode(raw, path, offset)
+            yield number, decode_utf8(raw, path, offset)
             offset += len(raw)
-
-
-def _decode(raw: bytes, path, offset: int) -> str:
-    try:
-        return raw.decode("utf-8").removeprefix("\ufeff" if offset == 0 else "")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}: not UTF-8: byte 0x{raw[error.start]:02x} at offset {offset + error.start}. "
-            "Save the file as UTF-8."
-        ) from None
 
 
 def _json_object(line: str, source: str) -> dict:
