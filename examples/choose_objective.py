@@ -30,10 +30,10 @@ from rich.console import Console
 from transformers import PrinterCallback
 
 import softprompt_fast as spf
+from softprompt_fast.base_model.loading import load_model
 from softprompt_fast.data.records import Record
 from softprompt_fast.examples import make_examples
 from softprompt_fast.model import SoftPromptModel, TrainingExample
-from softprompt_fast.pretrained import load_model
 from softprompt_fast.teacher import Teacher
 from softprompt_fast.utils.console import complain, progress, say
 from softprompt_fast.utils.errors import check_at_least

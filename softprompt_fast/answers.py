@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .head import OutputHead
+from .base_model.output_head import OutputHead
 from .losses.sketch import TeacherSketch, sketch_teacher
 
 # Before the names of a sketch's tensors.

@@ -8,9 +8,9 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from .answers import Answer, SketchOptions, pack, unpack
+from .base_model.fsdp import in_lockstep
+from .base_model.output_head import OutputHead
 from .data.queries import Query
-from .head import OutputHead
-from .sharded_base import in_lockstep
 from .teacher import Teacher
 
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .base_model.output_head import OutputHead, hidden_states
 from .data.queries import Query
-from .head import OutputHead, hidden_states
 from .losses.functional import linear_nll
 
 FULL, NONE, SOFT = "full context", "no context", "soft prompt"

@@ -17,6 +17,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from .base_model.decoding import end_ids
+from .base_model.output_head import input_embedding
 from .data.queries import (
     Query,
     render_query,
@@ -26,9 +28,7 @@ from .data.queries import (
     tokenize_query,
 )
 from .data.records import Record
-from .decoding import end_ids
 from .export_usage import QUESTION, Usage, usage_in_peft, usage_in_vllm, usage_of_safetensors
-from .head import input_embedding
 from .model import SoftPromptModel
 from .soft_prompt import PEFT_FILE, WEIGHTS_FILE, SoftPrompt
 from .utils.files import write_bytes, write_json

@@ -10,10 +10,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.generation.streamers import BaseStreamer
 
+from .base_model.decoding import in_batches, write
+from .base_model.prefix_cache import Prefix
 from .data.queries import Query, student_layout
-from .decoding import in_batches, write
 from .model import SoftPromptModel, TrainingExample
-from .prefix_cache import Prefix
 from .teacher import Answer, Teacher
 from .utils.text import INCOMPLETE
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .head import OutputHead
+from .base_model.output_head import OutputHead
 from .losses.functional import linear_kl, linear_nll
 
 # Alternatives whose ranking is compared.

@@ -10,9 +10,9 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from .base_model.decoding import Sampling
+from .base_model.output_head import position_limit
 from .data.queries import Query, teacher_ids, text_ids, tokenize_answer, tokenize_query
-from .decoding import Sampling
-from .head import position_limit
 from .query_kinds import EXAMPLES, KINDS, asking_for
 from .query_plan import Plan, Visit, number_of
 from .synthesis_directory import SynthesisDirectory

@@ -18,10 +18,10 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .answers import Answer, SketchOptions, keep_sketches, keep_states
+from .base_model.decoding import PLAIN, Sampling, end_ids, in_batches, write
+from .base_model.output_head import OutputHead, hidden_states, position_limit
+from .base_model.prefix_cache import Prefix
 from .data.queries import Query, teacher_ids
-from .decoding import PLAIN, Sampling, end_ids, in_batches, write
-from .head import OutputHead, hidden_states, position_limit
-from .prefix_cache import Prefix
 
 # A shard is this many batches. No batch has queries of two shards, so each can be kept, lost and
 # computed again without a change to another.

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from .answers import Answer, SketchOptions
+from .base_model.fsdp import any_process_has, in_lockstep, is_sharded
 from .data.queries import Query
-from .sharded_base import any_process_has, in_lockstep, is_sharded
 from .shards import MAX_HEADER, UNSEALED, DamagedFile, is_sealed, read_shard, seal, write_shard
 from .teacher import Reading, Teacher
 from .teacher_facts import differing_facts, queries_sha256

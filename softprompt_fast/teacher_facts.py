@@ -14,11 +14,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .answers import SketchOptions
+from .base_model.decoding import PLAIN
+from .base_model.fsdp import whole
+from .base_model.output_head import OutputHead
 from .data.queries import Query
-from .decoding import PLAIN
-from .head import OutputHead
 from .losses.sketch import entries_kept
-from .sharded_base import whole
 from .teacher import Teacher
 
 # Raised whenever the same facts lead to other bytes.

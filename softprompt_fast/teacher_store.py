@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from .answers import SketchOptions
 from .arguments import SoftPromptTrainingArguments
-from .head import OutputHead
+from .base_model.output_head import OutputHead
 from .losses.sketch import entries_kept
 from .utils.errors import UsageError
 

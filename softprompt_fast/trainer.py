@@ -20,6 +20,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from . import losses
 from .arguments import SoftPromptTrainingArguments
+from .base_model.fsdp import in_lockstep, sharded_parameters
 from .checkpoints import (
     last_good_checkpoint,
     rotate_checkpoints,
@@ -30,7 +31,6 @@ from .examples import check_examples
 from .logged_trainer import LoggedTrainer
 from .losses.sketch import TeacherSketch
 from .model import IGNORE, SoftPromptModel, TrainingExample, scaled
-from .sharded_base import in_lockstep, sharded_parameters
 from .sharding import own_share, shared_loader
 from .soft_prompt import SoftPrompt
 from .teacher import Reading, Teacher

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from toy import ARCHITECTURES, VOCAB, make_model
 
 import softprompt_fast as spf
-from softprompt_fast.head import OutputHead, check_head, hidden_states
+from softprompt_fast.base_model.output_head import OutputHead, check_head, hidden_states
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from softprompt_fast import metrics
-from softprompt_fast.head import OutputHead
+from softprompt_fast.base_model.output_head import OutputHead
 from softprompt_fast.metrics import (
     QUANTILES,
     by_position,

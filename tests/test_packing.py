@@ -9,9 +9,9 @@ import torch
 from test_trainer import make_trainer, trained
 from toy import ARCHITECTURES, PADDING_SENSITIVE, VOCAB, WINDOW, make_model
 
+from softprompt_fast.base_model.output_head import hidden_states
 from softprompt_fast.collator import Packing
 from softprompt_fast.data.queries import Query, student_layout
-from softprompt_fast.head import hidden_states
 from softprompt_fast.model import SoftPromptModel, TrainingExample
 from softprompt_fast.packing import longest_packed, pack
 from softprompt_fast.soft_prompt import SoftPrompt, SoftPromptConfig

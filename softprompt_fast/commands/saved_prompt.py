@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..base_model.loading import check_dtype, load_model
 from ..data.queries import Query
 from ..generate import stream
 from ..model import SoftPromptModel
-from ..pretrained import check_dtype, load_model
 from ..soft_prompt import SoftPrompt
 from ..utils.console import say, show
 from ..utils.errors import check_at_least

@@ -9,11 +9,11 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ..base_model.decoding import Sampling
+from ..base_model.loading import check_dtype, load_model
 from ..context_chunks import cut_into_chunks
 from ..data.queries import text_ids
 from ..data.records import read_text
-from ..decoding import Sampling
-from ..pretrained import check_dtype, load_model
 from ..query_kinds import KINDS
 from ..query_plan import Plan
 from ..query_texts import hold_out

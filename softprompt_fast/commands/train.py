@@ -12,13 +12,13 @@ import torch
 from transformers import PreTrainedModel, set_seed
 
 from ..arguments import SoftPromptTrainingArguments
+from ..base_model.loading import check_dtype, load_model
+from ..base_model.output_head import OutputHead
 from ..data.records import Record, read_jsonl, read_text
 from ..examples import check_contexts, count_cut, make_examples
 from ..find_lr import find_lr
-from ..head import OutputHead
 from ..model import SoftPromptModel
 from ..preflight import check_data, check_options
-from ..pretrained import check_dtype, load_model
 from ..run_directory import RunDirectory
 from ..soft_prompt import SoftPrompt, SoftPromptConfig
 from ..teacher import Teacher

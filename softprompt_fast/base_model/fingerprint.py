@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from .head import input_embedding
-from .sharded_base import whole
+from .fsdp import whole
+from .output_head import input_embedding
 
 # A fine-tuned model differs in all matrices, or in every nth: one number of each of these many.
 SAMPLES = 128

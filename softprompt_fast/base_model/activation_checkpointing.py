@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .head import hidden_states, input_embedding
+from .output_head import hidden_states, input_embedding
 
 
 def set_checkpointing(base: PreTrainedModel, mode: bool) -> None:

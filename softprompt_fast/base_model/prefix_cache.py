@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from .head import decoder
+from .output_head import decoder
 
 # Layers that hold nothing but keys and values, and replace them by longer tensors when they grow.
 VIEWABLE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)

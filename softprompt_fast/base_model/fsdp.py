@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import PreTrainedModel
 
-from .head import decoder
+from .output_head import decoder
 
 
 def shard_base(base: PreTrainedModel, device: torch.device) -> PreTrainedModel:

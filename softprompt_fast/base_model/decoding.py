@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from .head import input_embedding
+from .output_head import input_embedding
 
 
 @dataclass(kw_only=True, frozen=True)

