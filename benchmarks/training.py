@@ -28,16 +28,15 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from softprompt_fast import SoftPrompt, SoftPromptConfig, SoftPromptTrainer
-from softprompt_fast.answers import SketchOptions
 from softprompt_fast.arguments import SoftPromptTrainingArguments
 from softprompt_fast.base_model.loading import load_model
-from softprompt_fast.collator import TrainingExample
 from softprompt_fast.data.queries import teacher_ids
 from softprompt_fast.data.records import read_jsonl
-from softprompt_fast.examples import make_examples
 from softprompt_fast.model import SoftPromptModel
-from softprompt_fast.teacher import Teacher
-from softprompt_fast.teacher_cache import TeacherCache
+from softprompt_fast.teacher.answers import SketchOptions
+from softprompt_fast.teacher.cache import TeacherCache
+from softprompt_fast.teacher.examples import TrainingExample, make_examples
+from softprompt_fast.teacher.teacher import Teacher
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "training.json"

@@ -32,9 +32,9 @@ from transformers import PrinterCallback
 import softprompt_fast as spf
 from softprompt_fast.base_model.loading import load_model
 from softprompt_fast.data.records import Record
-from softprompt_fast.examples import make_examples
-from softprompt_fast.model import SoftPromptModel, TrainingExample
-from softprompt_fast.teacher import Teacher
+from softprompt_fast.model import SoftPromptModel
+from softprompt_fast.teacher.examples import TrainingExample, make_examples
+from softprompt_fast.teacher.teacher import Teacher
 from softprompt_fast.utils.console import complain, progress, say
 from softprompt_fast.utils.errors import check_at_least
 from softprompt_fast.utils.files import make_writable, write_json

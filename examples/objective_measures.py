@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from softprompt_fast.metrics import entropy, spearman
-from softprompt_fast.model import SoftPromptModel, TrainingExample
+from softprompt_fast.model import SoftPromptModel
+from softprompt_fast.teacher.examples import TrainingExample
 
 WRONG_ANSWERS = 20
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .data.queries import Query, student_layout
+from .data.queries import student_layout
 from .losses.sketch import TeacherSketch
 from .packing import PADDING, SHARED, pack
-from .teacher import Answer
+from .teacher.examples import TrainingExample
 
 IGNORE = -100
 
@@ -26,26 +26,6 @@ FILL = {
     "labels": IGNORE,
 }
 Row = dict[str, Tensor]
-
-
-@dataclass(kw_only=True, eq=False)
-class TrainingExample:
-    """A query and the answer that the student has to learn."""
-
-    query: Query
-    answer: Answer
-
-    def __post_init__(self) -> None:
-        answer = self.answer
-        known = {"hidden states": answer.hidden}
-        known["sketches"] = None if answer.sketch is None else answer.sketch.tail
-        for name, values in known.items():
-            if not answer.ids or (values is not None and len(values) != len(answer.ids)):
-                raise ValueError(
-                    f"{self.query.source or 'query'}: an answer needs at least one token, and what "
-                    f"is known of the teacher for each: got {len(answer.ids)} tokens and "
-                    f"{'no' if values is None else len(values)} {name}."
-                )
 
 
 @dataclass(kw_only=True, frozen=True)

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from statistics import fmean, median, stdev
 
-from .examples import OFTEN_CUT
+from .teacher.examples import OFTEN_CUT
 from .training_log import TrainingLog
 
 # Steps after warm-up before which a curve says nothing.

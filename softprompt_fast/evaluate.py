@@ -16,7 +16,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .answers import Answer
 from .conditions import (
     CONDITIONS,
     CUT,
@@ -29,13 +28,14 @@ from .conditions import (
 )
 from .data.queries import Query, cut_context, without_context
 from .data.records import Record
-from .examples import make_examples
 from .generate import generate
 from .metrics import QUANTILES, Tokens, series, summary, token_metrics, tokens_by_position
 from .model import SoftPromptModel
 from .nearest import nearest_tokens
 from .soft_prompt import SoftPrompt
-from .teacher import Teacher
+from .teacher.answers import Answer
+from .teacher.examples import make_examples
+from .teacher.teacher import Teacher
 from .utils.text import pieces
 
 

@@ -21,9 +21,10 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback
 
 from .arguments import SoftPromptTrainingArguments
-from .model import SoftPromptModel, TrainingExample
+from .model import SoftPromptModel
 from .soft_prompt import SoftPrompt
-from .teacher import Teacher
+from .teacher.examples import TrainingExample
+from .teacher.teacher import Teacher
 from .trainer import SoftPromptTrainer
 from .utils.console import say
 

@@ -13,8 +13,10 @@ from transformers.generation.streamers import BaseStreamer
 from .base_model.decoding import in_batches, write
 from .base_model.prefix_cache import Prefix
 from .data.queries import Query, student_layout
-from .model import SoftPromptModel, TrainingExample
-from .teacher import Answer, Teacher
+from .model import SoftPromptModel
+from .teacher.answers import Answer
+from .teacher.examples import TrainingExample
+from .teacher.teacher import Teacher
 from .utils.text import INCOMPLETE
 
 

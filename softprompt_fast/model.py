@@ -16,13 +16,11 @@ from .base_model.output_head import (
     input_embedding,
     position_limit,
 )
-from .collator import IGNORE, Collator, Packing, TrainingExample
+from .collator import IGNORE, Collator, Packing
 from .data.queries import Query, student_layout
 from .packing import attention_mask as mask_of_segments
 from .packing import longest_packed
 from .soft_prompt import SoftPrompt
-
-__all__ = ["IGNORE", "Collator", "SoftPromptModel", "TrainingExample", "scaled"]
 
 
 class SoftPromptModel(nn.Module):

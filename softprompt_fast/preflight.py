@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,11 @@ from transformers.integrations import get_available_reporting_integrations
 
 from .arguments import SoftPromptTrainingArguments
 from .checkpoints import verify_checkpoint
+from .model import SoftPromptModel
 from .soft_prompt import SoftPromptConfig
-from .teacher_store import choose_store
+from .teacher.examples import TrainingExample
+from .teacher.teacher import Teacher
+from .teacher_store import choose_store, sketch_problem
 from .utils.errors import UsageError
 
 METRICS = (None, "loss", "eval_loss")
@@ -95,3 +99,44 @@ def _check_optimizer(args: SoftPromptTrainingArguments) -> None:
         raise UsageError(
             f"lr_scheduler_type {schedule}, lr_scheduler_kwargs {options}: {error}"
         ) from error
+
+
+def check_examples(
+    name: str,
+    dataset: Sequence[TrainingExample],
+    model: SoftPromptModel,
+    args: SoftPromptTrainingArguments,
+    teacher: Teacher | None = None,
+) -> None:
+    """Raises TypeError or ValueError, naming ``name`` or the example, if ``dataset`` cannot be
+    learned: it is empty, too long for the model, or lacks what the objective needs, which a
+    ``teacher`` may be asked for instead."""
+    if not len(dataset):
+        raise ValueError(f"{name} has no examples: give at least one, or leave it out.")
+    for example in dataset:
+        if not isinstance(example, TrainingExample):
+            raise TypeError(
+                f"{name} must hold TrainingExample: got {type(example).__name__}. "
+                "Call softprompt_fast.make_examples."
+            )
+        if args.needs_teacher_states and teacher is None:
+            _check_teacher_is_known(example, args, model.head.softcap)
+        model.check_length(example.query, len(example.answer.ids))
+
+
+def _check_teacher_is_known(
+    example: TrainingExample, args: SoftPromptTrainingArguments, softcap: float | None
+) -> None:
+    name, answer = example.query.source or "an example", example.answer
+    if answer.hidden is None and answer.sketch is None:
+        raise ValueError(
+            f"objective={args.objective!r} needs the teacher's hidden states or sketches: "
+            f"{name} has none. Call Teacher.answer(..., record_hidden=True), or give the trainer a "
+            "teacher."
+        )
+    problem = sketch_problem(args, softcap) if answer.sketch is not None else None
+    if problem is not None:
+        raise ValueError(
+            f"{name} holds a sketch of the teacher: {problem}. "
+            "Call Teacher.answer(..., record_hidden=True) without sketch."
+        )

@@ -12,7 +12,8 @@ from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .arguments import SoftPromptTrainingArguments
-from .collator import IGNORE, TrainingExample
+from .collator import IGNORE
+from .teacher.examples import TrainingExample
 
 Collate = Callable[[Any], dict[str, Any]]
 

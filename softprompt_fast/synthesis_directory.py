@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .teacher_facts import differing_facts
+from .teacher.facts import differing_facts
 from .utils.files import (
     check_free,
     leftovers,

@@ -16,7 +16,7 @@ from .data.queries import Query, teacher_ids, text_ids, tokenize_answer, tokeniz
 from .query_kinds import EXAMPLES, KINDS, asking_for
 from .query_plan import Plan, Visit, number_of
 from .synthesis_directory import SynthesisDirectory
-from .teacher import Teacher
+from .teacher.teacher import Teacher
 
 
 def write_queries(plan: Plan, writer: Writer, directory: SynthesisDirectory) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .answers import SketchOptions
 from .arguments import SoftPromptTrainingArguments
 from .base_model.output_head import OutputHead
 from .losses.sketch import entries_kept
+from .teacher.answers import SketchOptions
 from .utils.errors import UsageError
 
 Store = Literal["auto", "sketch", "hidden", "online"]

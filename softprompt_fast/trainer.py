@@ -27,13 +27,15 @@ from .checkpoints import (
     verify_checkpoint,
     write_manifest,
 )
-from .examples import check_examples
+from .collator import IGNORE
 from .logged_trainer import LoggedTrainer
 from .losses.sketch import TeacherSketch
-from .model import IGNORE, SoftPromptModel, TrainingExample, scaled
+from .model import SoftPromptModel, scaled
+from .preflight import check_examples
 from .sharding import own_share, shared_loader
 from .soft_prompt import SoftPrompt
-from .teacher import Reading, Teacher
+from .teacher.examples import TrainingExample
+from .teacher.teacher import Reading, Teacher
 from .training_log import TRAINING_LOG_FILE
 
 Datasets = Sequence[TrainingExample] | dict[str, Sequence[TrainingExample]]

@@ -51,7 +51,7 @@ def directory(filled, tmp_path):
 @pytest.fixture
 def computed(monkeypatch, tmp_path_factory):
     """How many shards were computed since, by whichever process."""
-    from softprompt_fast.teacher import Teacher
+    from softprompt_fast.teacher.teacher import Teacher
 
     log = tmp_path_factory.mktemp("log") / "shards"
     log.touch()

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from toy_cache import CachedToy, contents
 
-from softprompt_fast.shards import DamagedFile, read_shard
-from softprompt_fast.teacher_cache import FACTS_FILE, read_facts
+from softprompt_fast.teacher.cache import FACTS_FILE, read_facts
+from softprompt_fast.teacher.cache_files import DamagedFile, read_shard
 
 
 def flip_bits(

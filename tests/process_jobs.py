@@ -12,13 +12,13 @@ from accelerate import PartialState
 from test_trainer import CONTEXT, QUESTIONS, make_examples, make_trainer
 from toy import make_model, make_tokenizer
 
-from softprompt_fast.answers import SketchOptions, pack
-from softprompt_fast.answers_together import answer_together
 from softprompt_fast.base_model.fsdp import shard_base
 from softprompt_fast.base_model.output_head import decoder
 from softprompt_fast.cli import main
 from softprompt_fast.data.queries import tokenize_query
-from softprompt_fast.teacher import Teacher
+from softprompt_fast.teacher.answers import SketchOptions, pack
+from softprompt_fast.teacher.distributed import answer_together
+from softprompt_fast.teacher.teacher import Teacher
 
 
 def train_all(commands: str) -> None:

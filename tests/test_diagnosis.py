@@ -16,8 +16,8 @@ from transformers import TrainerCallback
 from softprompt_fast.data.records import Record
 from softprompt_fast.diagnosis import diagnose, recovered
 from softprompt_fast.evaluate import evaluate
-from softprompt_fast.examples import make_examples as own_examples
-from softprompt_fast.teacher import Teacher
+from softprompt_fast.teacher.examples import make_examples as own_examples
+from softprompt_fast.teacher.teacher import Teacher
 from softprompt_fast.training_log import TRAINING_LOG_FILE, TrainingLog
 from softprompt_fast.yardstick import Yardstick
 

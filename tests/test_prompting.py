@@ -17,8 +17,8 @@ from softprompt_fast.data.queries import (
     tokenize_query,
 )
 from softprompt_fast.data.records import Record
-from softprompt_fast.examples import make_examples
-from softprompt_fast.teacher import Teacher
+from softprompt_fast.teacher.examples import make_examples
+from softprompt_fast.teacher.teacher import Teacher
 
 USER = {"role": "user", "content": "When do you open?"}
 OWN_SYSTEM = {"role": "system", "content": "Be brief."}

@@ -12,8 +12,8 @@ import torch
 from test_resume import Evil
 from toy_cache import bits, contents, shards
 
-from softprompt_fast.shards import ENTRY, UNSEALED, seal
-from softprompt_fast.teacher_cache import FACTS_FILE
+from softprompt_fast.teacher.cache import FACTS_FILE
+from softprompt_fast.teacher.cache_files import ENTRY, UNSEALED, seal
 
 
 def header(path) -> tuple[dict, int]:

@@ -20,7 +20,7 @@ from softprompt_fast.commands import train as train_command
 from softprompt_fast.report.curve import curve_picture
 from softprompt_fast.report.tables import curve_table
 from softprompt_fast.signals import StopOnSignal
-from softprompt_fast.teacher import Teacher
+from softprompt_fast.teacher.teacher import Teacher
 
 RUNS = ["nll_P2", "kl_P2", "nll_P4", "kl_P4"]
 STEPS = {"max_steps": 2, "save_steps": 1}

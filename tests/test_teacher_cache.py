@@ -13,9 +13,9 @@ import torch
 from toy import CHAT_TEMPLATE, make_model, make_tokenizer
 from toy_cache import NUM_SHARDS, CachedToy, bits, contents, shards
 
-from softprompt_fast import teacher_facts
-from softprompt_fast.answers import SketchOptions
-from softprompt_fast.teacher_cache import FACTS_FILE, TeacherCache
+from softprompt_fast.teacher import facts
+from softprompt_fast.teacher.answers import SketchOptions
+from softprompt_fast.teacher.cache import FACTS_FILE, TeacherCache
 
 FORK = multiprocessing.get_context("fork")
 FORMS = {
@@ -148,7 +148,7 @@ def test_a_stale_cache_is_refused_by_what_differs(directory, filled, names):
 
 
 def test_another_format_is_stale(toy, directory, monkeypatch):
-    monkeypatch.setattr(teacher_facts, "FORMAT_VERSION", 2)
+    monkeypatch.setattr(facts, "FORMAT_VERSION", 2)
     assert stale(toy, directory) == (FACTS_FILE, ["format_version"])
 
 

@@ -10,7 +10,7 @@ from toy import make_model
 from toy_run import train_flags
 
 from softprompt_fast.cli import main
-from softprompt_fast.teacher import Teacher
+from softprompt_fast.teacher.teacher import Teacher
 
 
 def prompt(run) -> bytes:

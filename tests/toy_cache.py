@@ -9,10 +9,10 @@ from typing import Any
 from test_teacher import CONTEXT, QUESTIONS, given_answers, make_queries, make_teacher
 from toy import make_model, make_tokenizer
 
-from softprompt_fast.answers import Answer, SketchOptions
 from softprompt_fast.losses.sketch import TeacherSketch
-from softprompt_fast.teacher_cache import TeacherCache
-from softprompt_fast.teacher_facts import queries_sha256, teacher_facts, tensor_bytes
+from softprompt_fast.teacher.answers import Answer, SketchOptions
+from softprompt_fast.teacher.cache import TeacherCache
+from softprompt_fast.teacher.facts import queries_sha256, teacher_facts, tensor_bytes
 
 # With one query in a batch, a shard has four.
 NUM_SHARDS = 3

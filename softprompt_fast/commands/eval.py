@@ -11,11 +11,11 @@ from rich.console import Console
 
 from ..data.records import read_jsonl, read_text
 from ..evaluate import evaluate
-from ..examples import check_contexts
 from ..report.page import page
 from ..report.plots import pictures
 from ..report.tables import side_by_side, table
 from ..run_directory import EVALUATION_FILE, read_run
+from ..teacher.examples import check_contexts
 from ..training_log import TRAINING_LOG_FILE, TrainingLog
 from ..utils.console import progress, say
 from ..utils.errors import check_at_least

@@ -15,7 +15,7 @@ from ..report.tables import kl_with_error
 from ..run_directory import EVALUATION_FILE, RunDirectory
 from ..soft_prompt import SoftPrompt, SoftPromptConfig
 from ..sweep import compression_curve, is_measured
-from ..teacher_cache import TeacherCache
+from ..teacher.cache import TeacherCache
 from ..utils.console import progress, say
 from ..utils.files import write_json
 from . import Invocation

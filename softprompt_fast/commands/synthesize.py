@@ -27,8 +27,8 @@ from ..synthesize import (
     tokenize_queries,
     write_queries,
 )
-from ..teacher import Teacher
-from ..teacher_facts import teacher_facts
+from ..teacher.facts import teacher_facts
+from ..teacher.teacher import Teacher
 from ..utils.console import closest, progress, say
 from ..utils.errors import check_at_least
 from . import Command, Invocation

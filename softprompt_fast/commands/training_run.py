@@ -13,12 +13,13 @@ from transformers import PrinterCallback, ProgressCallback
 from ..arguments import SoftPromptTrainingArguments
 from ..checkpoints import last_good_checkpoint, rotate_checkpoints
 from ..diagnosis import diagnose
-from ..model import SoftPromptModel, TrainingExample
+from ..model import SoftPromptModel
 from ..progress import TrainingProgress
 from ..run_directory import RunDirectory
 from ..signals import StopOnSignal
 from ..soft_prompt import SoftPrompt
-from ..teacher import Teacher
+from ..teacher.examples import TrainingExample
+from ..teacher.teacher import Teacher
 from ..trainer import SoftPromptTrainer
 from ..training_log import TRAINING_LOG_FILE
 from ..utils.console import progress, say

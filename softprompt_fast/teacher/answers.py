@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base_model.output_head import OutputHead
-from .losses.sketch import TeacherSketch, sketch_teacher
+from ..base_model.output_head import OutputHead
+from ..losses.sketch import TeacherSketch, sketch_teacher
 
 # Before the names of a sketch's tensors.
 SKETCH = "sketch."

@@ -17,11 +17,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..base_model.decoding import PLAIN, Sampling, end_ids, in_batches, write
+from ..base_model.output_head import OutputHead, hidden_states, position_limit
+from ..base_model.prefix_cache import Prefix
+from ..data.queries import Query, teacher_ids
 from .answers import Answer, SketchOptions, keep_sketches, keep_states
-from .base_model.decoding import PLAIN, Sampling, end_ids, in_batches, write
-from .base_model.output_head import OutputHead, hidden_states, position_limit
-from .base_model.prefix_cache import Prefix
-from .data.queries import Query, teacher_ids
 
 # A shard is this many batches. No batch has queries of two shards, so each can be kept, lost and
 # computed again without a change to another.

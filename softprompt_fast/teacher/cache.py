@@ -18,14 +18,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..base_model.fsdp import any_process_has, in_lockstep, is_sharded
+from ..data.queries import Query
+from ..utils.console import progress
+from ..utils.files import leftovers, locked, make_writable, sync_directory, write_bytes
 from .answers import Answer, SketchOptions
-from .base_model.fsdp import any_process_has, in_lockstep, is_sharded
-from .data.queries import Query
-from .shards import MAX_HEADER, UNSEALED, DamagedFile, is_sealed, read_shard, seal, write_shard
+from .cache_files import MAX_HEADER, UNSEALED, DamagedFile, is_sealed, read_shard, seal, write_shard
+from .facts import differing_facts, queries_sha256
 from .teacher import Reading, Teacher
-from .teacher_facts import differing_facts, queries_sha256
-from .utils.console import progress
-from .utils.files import leftovers, locked, make_writable, sync_directory, write_bytes
 
 FACTS_FILE = "teacher_cache.json"
 POLL_SECONDS = 0.1

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
+from ..base_model.fsdp import in_lockstep
+from ..base_model.output_head import OutputHead
+from ..data.queries import Query
 from .answers import Answer, SketchOptions, pack, unpack
-from .base_model.fsdp import in_lockstep
-from .base_model.output_head import OutputHead
-from .data.queries import Query
 from .teacher import Teacher
 
 

@@ -22,9 +22,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from ..utils.files import refuse_pickle, write_bytes
 from .answers import Answer, pack, unpack
-from .teacher_facts import tensor_bytes
-from .utils.files import refuse_pickle, write_bytes
+from .facts import tensor_bytes
 
 ENTRY = "softprompt_fast"
 UNSEALED = "0" * 64

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..base_model.decoding import PLAIN
+from ..base_model.fsdp import whole
+from ..base_model.output_head import OutputHead
+from ..data.queries import Query
+from ..losses.sketch import entries_kept
 from .answers import SketchOptions
-from .base_model.decoding import PLAIN
-from .base_model.fsdp import whole
-from .base_model.output_head import OutputHead
-from .data.queries import Query
-from .losses.sketch import entries_kept
 from .teacher import Teacher
 
 # Raised whenever the same facts lead to other bytes.

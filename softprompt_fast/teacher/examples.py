@@ -3,22 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from .answers import SketchOptions
-from .answers_together import answer_together
-from .arguments import SoftPromptTrainingArguments
-from .data.queries import Query, tokenize_answer, tokenize_query
-from .data.records import Record
-from .model import SoftPromptModel, TrainingExample
+from ..data.queries import Query, tokenize_answer, tokenize_query
+from ..data.records import Record
+from ..utils.console import progress
+from .answers import Answer, SketchOptions
+from .cache import TeacherCache
+from .distributed import answer_together
+from .facts import teacher_facts
 from .teacher import Teacher
-from .teacher_cache import TeacherCache
-from .teacher_facts import teacher_facts
-from .teacher_store import sketch_problem
-from .utils.console import progress
 
 # From this share on, cut answers are said with what to do: the prompt seldom learns how one ends.
 OFTEN_CUT = 0.2
+
+
+@dataclass(kw_only=True, eq=False)
+class TrainingExample:
+    """A query and the answer that the student has to learn."""
+
+    query: Query
+    answer: Answer
+
+    def __post_init__(self) -> None:
+        answer = self.answer
+        known = {"hidden states": answer.hidden}
+        known["sketches"] = None if answer.sketch is None else answer.sketch.tail
+        for name, values in known.items():
+            if not answer.ids or (values is not None and len(values) != len(answer.ids)):
+                raise ValueError(
+                    f"{self.query.source or 'query'}: an answer needs at least one token, and what "
+                    f"is known of the teacher for each: got {len(answer.ids)} tokens and "
+                    f"{'no' if values is None else len(values)} {name}."
+                )
 
 
 def make_examples(
@@ -80,47 +98,6 @@ def tokenize_records(tokenizer, records: Sequence[Record], context: str | None) 
         tokenize_query(tokenizer, r.messages, r.context or context or "", source=r.source)
         for r in records
     ]
-
-
-def check_examples(
-    name: str,
-    dataset: Sequence[TrainingExample],
-    model: SoftPromptModel,
-    args: SoftPromptTrainingArguments,
-    teacher: Teacher | None = None,
-) -> None:
-    """Raises TypeError or ValueError, naming ``name`` or the example, if ``dataset`` cannot be
-    learned: it is empty, too long for the model, or lacks what the objective needs, which a
-    ``teacher`` may be asked for instead."""
-    if not len(dataset):
-        raise ValueError(f"{name} has no examples: give at least one, or leave it out.")
-    for example in dataset:
-        if not isinstance(example, TrainingExample):
-            raise TypeError(
-                f"{name} must hold TrainingExample: got {type(example).__name__}. "
-                "Call softprompt_fast.examples.make_examples."
-            )
-        if args.needs_teacher_states and teacher is None:
-            _check_teacher_is_known(example, args, model.head.softcap)
-        model.check_length(example.query, len(example.answer.ids))
-
-
-def _check_teacher_is_known(
-    example: TrainingExample, args: SoftPromptTrainingArguments, softcap: float | None
-) -> None:
-    name, answer = example.query.source or "an example", example.answer
-    if answer.hidden is None and answer.sketch is None:
-        raise ValueError(
-            f"objective={args.objective!r} needs the teacher's hidden states or sketches: "
-            f"{name} has none. Call Teacher.answer(..., record_hidden=True), or give the trainer a "
-            "teacher."
-        )
-    problem = sketch_problem(args, softcap) if answer.sketch is not None else None
-    if problem is not None:
-        raise ValueError(
-            f"{name} holds a sketch of the teacher: {problem}. "
-            "Call Teacher.answer(..., record_hidden=True) without sketch."
-        )
 
 
 def check_contexts(records: Sequence[Record], context: str | None) -> None:
