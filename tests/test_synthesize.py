@@ -17,12 +17,11 @@ from toy_run import CONTEXT, save_toy_model
 
 from softprompt_fast.base_model.decoding import Sampling
 from softprompt_fast.cli import main
-from softprompt_fast.context_chunks import cut_into_chunks
 from softprompt_fast.data.queries import tokenize_answer
 from softprompt_fast.data.records import read_jsonl
-from softprompt_fast.query_kinds import KINDS
-from softprompt_fast.query_plan import DRY, MOST_TEXTS, Plan, Visit
-from softprompt_fast.query_texts import (
+from softprompt_fast.synthesis.chunks import cut_into_chunks
+from softprompt_fast.synthesis.directory import JOURNAL_FILE
+from softprompt_fast.synthesis.filters import (
     Distinct,
     are_same,
     clean,
@@ -31,8 +30,9 @@ from softprompt_fast.query_texts import (
     subjects,
     trigrams,
 )
-from softprompt_fast.synthesis_directory import JOURNAL_FILE
-from softprompt_fast.synthesize import Writer, completion
+from softprompt_fast.synthesis.kinds import KINDS
+from softprompt_fast.synthesis.plan import DRY, MOST_TEXTS, Plan, Visit
+from softprompt_fast.synthesis.writer import Writer, completion
 from softprompt_fast.utils.files import locked
 
 # Chunks

@@ -11,14 +11,14 @@ from typing import Any
 
 from ..base_model.decoding import Sampling
 from ..base_model.loading import check_dtype, load_model
-from ..context_chunks import cut_into_chunks
 from ..data.queries import text_ids
 from ..data.records import read_text
-from ..query_kinds import KINDS
-from ..query_plan import Plan
-from ..query_texts import hold_out
-from ..synthesis_directory import HELDOUT_FILE, TRAIN_FILE, SynthesisDirectory
-from ..synthesize import (
+from ..synthesis.chunks import cut_into_chunks
+from ..synthesis.directory import HELDOUT_FILE, TRAIN_FILE, SynthesisDirectory
+from ..synthesis.filters import hold_out
+from ..synthesis.kinds import KINDS
+from ..synthesis.plan import Plan
+from ..synthesis.writer import (
     Writer,
     answer_queries,
     check_context_fits,

@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass
 from itertools import cycle, islice
 from typing import Any
 
-from .query_kinds import EXAMPLE_WORDS, KINDS, asking_for
-from .query_texts import Distinct, clean, fault, has_question, normalized, subjects
+from .filters import Distinct, clean, fault, has_question, normalized, subjects
+from .kinds import EXAMPLE_WORDS, KINDS, asking_for
 
 Cell = tuple[int, str]
 

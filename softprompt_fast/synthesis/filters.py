@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from .utils.console import printable
+from ..utils.console import printable
 
 # Queries that share this much of their trigrams ask for the same thing, in nearly the same words.
 SAME = 0.75

@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .teacher.facts import differing_facts
-from .utils.files import (
+from ..teacher.facts import differing_facts
+from ..utils.files import (
     check_free,
     leftovers,
     locked,

@@ -10,13 +10,13 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .base_model.decoding import Sampling
-from .base_model.output_head import position_limit
-from .data.queries import Query, teacher_ids, text_ids, tokenize_answer, tokenize_query
-from .query_kinds import EXAMPLES, KINDS, asking_for
-from .query_plan import Plan, Visit, number_of
-from .synthesis_directory import SynthesisDirectory
-from .teacher.teacher import Teacher
+from ..base_model.decoding import Sampling
+from ..base_model.output_head import position_limit
+from ..data.queries import Query, teacher_ids, text_ids, tokenize_answer, tokenize_query
+from ..teacher.teacher import Teacher
+from .directory import SynthesisDirectory
+from .kinds import EXAMPLES, KINDS, asking_for
+from .plan import Plan, Visit, number_of
 
 
 def write_queries(plan: Plan, writer: Writer, directory: SynthesisDirectory) -> None:
