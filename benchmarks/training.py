@@ -32,7 +32,7 @@ from softprompt_fast.arguments import SoftPromptTrainingArguments
 from softprompt_fast.base_model.loading import load_model
 from softprompt_fast.data.queries import teacher_ids
 from softprompt_fast.data.records import read_jsonl
-from softprompt_fast.model import SoftPromptModel
+from softprompt_fast.student.model import SoftPromptModel
 from softprompt_fast.teacher.answers import SketchOptions
 from softprompt_fast.teacher.cache import TeacherCache
 from softprompt_fast.teacher.examples import TrainingExample, make_examples

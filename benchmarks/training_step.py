@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from softprompt_fast import SoftPrompt, SoftPromptConfig, SoftPromptTrainer
 from softprompt_fast.arguments import SoftPromptTrainingArguments
 from softprompt_fast.data.queries import Query
-from softprompt_fast.model import SoftPromptModel
+from softprompt_fast.student.model import SoftPromptModel
 from softprompt_fast.teacher.answers import Answer, SketchOptions, keep_sketches
 from softprompt_fast.teacher.examples import TrainingExample
 

@@ -32,7 +32,7 @@ from transformers import PrinterCallback
 import softprompt_fast as spf
 from softprompt_fast.base_model.loading import load_model
 from softprompt_fast.data.records import Record
-from softprompt_fast.model import SoftPromptModel
+from softprompt_fast.student.model import SoftPromptModel
 from softprompt_fast.teacher.examples import TrainingExample, make_examples
 from softprompt_fast.teacher.teacher import Teacher
 from softprompt_fast.utils.console import complain, progress, say

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from softprompt_fast.metrics import entropy, spearman
-from softprompt_fast.model import SoftPromptModel
+from softprompt_fast.student.model import SoftPromptModel
 from softprompt_fast.teacher.examples import TrainingExample
 
 WRONG_ANSWERS = 20

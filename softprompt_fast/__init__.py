@@ -13,7 +13,7 @@ from .losses.sketch import TeacherSketch, sketch_teacher
 
 if TYPE_CHECKING:
     from .arguments import SoftPromptTrainingArguments
-    from .soft_prompt import SoftPrompt, SoftPromptConfig
+    from .student.soft_prompt import SoftPrompt, SoftPromptConfig
     from .trainer import SoftPromptTrainer
 
 __version__ = "0.1.0"

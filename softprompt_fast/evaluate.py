@@ -28,11 +28,11 @@ from .conditions import (
 )
 from .data.queries import Query, cut_context, without_context
 from .data.records import Record
-from .generate import generate
 from .metrics import QUANTILES, Tokens, series, summary, token_metrics, tokens_by_position
-from .model import SoftPromptModel
 from .nearest import nearest_tokens
-from .soft_prompt import SoftPrompt
+from .student.generation import generate
+from .student.model import SoftPromptModel
+from .student.soft_prompt import SoftPrompt
 from .teacher.answers import Answer
 from .teacher.examples import make_examples
 from .teacher.teacher import Teacher

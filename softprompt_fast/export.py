@@ -29,8 +29,8 @@ from .data.queries import (
 )
 from .data.records import Record
 from .export_usage import QUESTION, Usage, usage_in_peft, usage_in_vllm, usage_of_safetensors
-from .model import SoftPromptModel
-from .soft_prompt import PEFT_FILE, WEIGHTS_FILE, SoftPrompt
+from .student.model import SoftPromptModel
+from .student.soft_prompt import PEFT_FILE, WEIGHTS_FILE, SoftPrompt
 from .utils.files import write_bytes, write_json
 
 SAFETENSORS_FILE = "soft_prompt.safetensors"

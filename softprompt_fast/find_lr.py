@@ -21,8 +21,8 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback
 
 from .arguments import SoftPromptTrainingArguments
-from .model import SoftPromptModel
-from .soft_prompt import SoftPrompt
+from .student.model import SoftPromptModel
+from .student.soft_prompt import SoftPrompt
 from .teacher.examples import TrainingExample
 from .teacher.teacher import Teacher
 from .trainer import SoftPromptTrainer

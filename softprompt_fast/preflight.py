@@ -12,8 +12,8 @@ from transformers.integrations import get_available_reporting_integrations
 
 from .arguments import SoftPromptTrainingArguments
 from .checkpoints import verify_checkpoint
-from .model import SoftPromptModel
-from .soft_prompt import SoftPromptConfig
+from .student.model import SoftPromptModel
+from .student.soft_prompt import SoftPromptConfig
 from .teacher.examples import TrainingExample
 from .teacher.teacher import Teacher
 from .teacher_store import choose_store, sketch_problem

@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 from typing import IO, Any
 
-from .soft_prompt import FACTS_FILE, PEFT_FILE, WEIGHTS_FILE
+from .student.soft_prompt import FACTS_FILE, PEFT_FILE, WEIGHTS_FILE
 from .training_log import TRAINING_LOG_FILE
 from .utils.files import check_free, leftovers, make_writable, read_json, write_json
 

@@ -12,7 +12,7 @@ from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .arguments import SoftPromptTrainingArguments
-from .collator import IGNORE
+from .student.collator import IGNORE
 from .teacher.examples import TrainingExample
 
 Collate = Callable[[Any], dict[str, Any]]

@@ -27,13 +27,13 @@ from .checkpoints import (
     verify_checkpoint,
     write_manifest,
 )
-from .collator import IGNORE
 from .logged_trainer import LoggedTrainer
 from .losses.sketch import TeacherSketch
-from .model import SoftPromptModel, scaled
 from .preflight import check_examples
 from .sharding import own_share, shared_loader
-from .soft_prompt import SoftPrompt
+from .student.collator import IGNORE
+from .student.model import SoftPromptModel, scaled
+from .student.soft_prompt import SoftPrompt
 from .teacher.examples import TrainingExample
 from .teacher.teacher import Reading, Teacher
 from .training_log import TRAINING_LOG_FILE

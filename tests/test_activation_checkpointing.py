@@ -8,8 +8,8 @@ from test_trainer import make_trainer, trained
 from toy import SIZES, make_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from softprompt_fast.model import SoftPromptModel
-from softprompt_fast.soft_prompt import SoftPrompt, SoftPromptConfig
+from softprompt_fast.student.model import SoftPromptModel
+from softprompt_fast.student.soft_prompt import SoftPrompt, SoftPromptConfig
 
 # One option, before and after transformers renamed it.
 CHECKPOINTING = dict(gradient_checkpointing=True)

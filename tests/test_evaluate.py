@@ -16,7 +16,7 @@ from softprompt_fast.data.queries import student_layout, teacher_ids, tokenize_q
 from softprompt_fast.data.records import Record
 from softprompt_fast.evaluate import evaluate
 from softprompt_fast.report.tables import side_by_side, table
-from softprompt_fast.soft_prompt import SoftPrompt, SoftPromptConfig
+from softprompt_fast.student.soft_prompt import SoftPrompt, SoftPromptConfig
 
 P = 4
 

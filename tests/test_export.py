@@ -16,9 +16,9 @@ from toy_run import QUESTIONS, write_lines
 from softprompt_fast.base_model.loading import load_model
 from softprompt_fast.cli import main
 from softprompt_fast.data.queries import tokenize_query
-from softprompt_fast.generate import generate
-from softprompt_fast.model import SoftPromptModel
-from softprompt_fast.soft_prompt import SoftPrompt, SoftPromptConfig
+from softprompt_fast.student.generation import generate
+from softprompt_fast.student.model import SoftPromptModel
+from softprompt_fast.student.soft_prompt import SoftPrompt, SoftPromptConfig
 from softprompt_fast.utils.files import new_directory
 
 NEW_TOKENS = 6

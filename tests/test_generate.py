@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from softprompt_fast.cli import main
 from softprompt_fast.data.queries import tokenize_query
-from softprompt_fast.generate import Pieces, generate, stream
-from softprompt_fast.model import SoftPromptModel
-from softprompt_fast.soft_prompt import SoftPrompt, SoftPromptConfig
+from softprompt_fast.student.generation import Pieces, generate, stream
+from softprompt_fast.student.model import SoftPromptModel
+from softprompt_fast.student.soft_prompt import SoftPrompt, SoftPromptConfig
 
 
 def make_student(model, num_virtual_tokens=4, **options):
@@ -119,7 +119,7 @@ def written_by(tmp_path, monkeypatch):
             streamer.end()
             return [ids]
 
-        monkeypatch.setattr("softprompt_fast.generate.write", write)
+        monkeypatch.setattr("softprompt_fast.student.generation.write", write)
         return main(["generate", f"--prompt_dir={tmp_path / 'prompt'}", "Hi"])
 
     return run_with

@@ -10,11 +10,11 @@ from test_trainer import make_trainer, trained
 from toy import ARCHITECTURES, PADDING_SENSITIVE, VOCAB, WINDOW, make_model
 
 from softprompt_fast.base_model.output_head import hidden_states
-from softprompt_fast.collator import Packing
 from softprompt_fast.data.queries import Query, student_layout
-from softprompt_fast.model import SoftPromptModel
-from softprompt_fast.packing import longest_packed, pack
-from softprompt_fast.soft_prompt import SoftPrompt, SoftPromptConfig
+from softprompt_fast.student.collator import Packing
+from softprompt_fast.student.model import SoftPromptModel
+from softprompt_fast.student.packing import longest_packed, pack
+from softprompt_fast.student.soft_prompt import SoftPrompt, SoftPromptConfig
 from softprompt_fast.teacher.answers import Answer
 from softprompt_fast.teacher.examples import TrainingExample
 

@@ -27,8 +27,8 @@ from softprompt_fast.base_model.output_head import OutputHead, hidden_states
 from softprompt_fast.base_model.smollm2 import smollm2
 from softprompt_fast.data.queries import tokenize_query
 from softprompt_fast.export import export_peft
-from softprompt_fast.generate import generate
-from softprompt_fast.model import SoftPromptModel
+from softprompt_fast.student.generation import generate
+from softprompt_fast.student.model import SoftPromptModel
 
 pytestmark = pytest.mark.xdist_group("the real model")
 

@@ -11,8 +11,8 @@ from peft import PeftModel
 from toy import ARCHITECTURES, make_model, make_tokenizer
 
 from softprompt_fast.base_model.output_head import hidden_states
-from softprompt_fast.model import SoftPromptModel
-from softprompt_fast.soft_prompt import SoftPrompt, SoftPromptConfig
+from softprompt_fast.student.model import SoftPromptModel
+from softprompt_fast.student.soft_prompt import SoftPrompt, SoftPromptConfig
 
 P = 5
 

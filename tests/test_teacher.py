@@ -10,10 +10,10 @@ from toy import PADDING_SENSITIVE, WINDOW, make_model, make_tokenizer
 
 from softprompt_fast.base_model.output_head import OutputHead, hidden_states
 from softprompt_fast.base_model.prefix_cache import Prefix
-from softprompt_fast.collator import Collator
 from softprompt_fast.data.queries import Query, student_layout, teacher_ids, tokenize_query
-from softprompt_fast.model import SoftPromptModel
-from softprompt_fast.soft_prompt import SoftPrompt, SoftPromptConfig
+from softprompt_fast.student.collator import Collator
+from softprompt_fast.student.model import SoftPromptModel
+from softprompt_fast.student.soft_prompt import SoftPrompt, SoftPromptConfig
 from softprompt_fast.teacher.answers import Answer
 from softprompt_fast.teacher.examples import TrainingExample
 from softprompt_fast.teacher.teacher import Teacher

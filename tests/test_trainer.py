@@ -14,8 +14,8 @@ from transformers import TrainingArguments
 import softprompt_fast as spf
 from softprompt_fast.checkpoints import last_good_checkpoint
 from softprompt_fast.data.queries import tokenize_query
-from softprompt_fast.model import SoftPromptModel
-from softprompt_fast.soft_prompt import SoftPrompt, SoftPromptConfig
+from softprompt_fast.student.model import SoftPromptModel
+from softprompt_fast.student.soft_prompt import SoftPrompt, SoftPromptConfig
 from softprompt_fast.teacher.examples import TrainingExample
 from softprompt_fast.teacher.teacher import Teacher
 from softprompt_fast.trainer import SoftPromptTrainer, SoftPromptTrainingArguments

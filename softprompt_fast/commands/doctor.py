@@ -10,7 +10,7 @@ from typing import Any
 from ..checkpoints import last_good_checkpoint
 from ..diagnosis import MIN_STEPS, Finding, diagnose, last_loss, recovered, steps_after_warmup
 from ..run_directory import EVALUATION_FILE, RUN_FILE, read_run
-from ..soft_prompt import SoftPrompt
+from ..student.soft_prompt import SoftPrompt
 from ..training_log import TRAINING_LOG_FILE, TrainingLog
 from ..utils.console import one_line, say
 from ..utils.files import read_json

@@ -7,9 +7,9 @@ from typing import Any
 
 from ..base_model.loading import check_dtype, load_model
 from ..data.queries import Query
-from ..generate import stream
-from ..model import SoftPromptModel
-from ..soft_prompt import SoftPrompt
+from ..student.generation import stream
+from ..student.model import SoftPromptModel
+from ..student.soft_prompt import SoftPrompt
 from ..utils.console import say, show
 from ..utils.errors import check_at_least
 

@@ -23,7 +23,7 @@ from ..arguments import SoftPromptTrainingArguments
 from ..preflight import check_data, check_options
 from ..report.curve import curve_picture
 from ..report.tables import curve_table
-from ..soft_prompt import SoftPromptConfig
+from ..student.soft_prompt import SoftPromptConfig
 from ..sweep import SWEPT
 from ..utils.console import say
 from ..utils.errors import UsageError

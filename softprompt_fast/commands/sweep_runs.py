@@ -10,10 +10,10 @@ from typing import Any
 from ..arguments import SoftPromptTrainingArguments
 from ..conditions import SOFT
 from ..evaluate import Evaluation
-from ..model import SoftPromptModel
 from ..report.tables import kl_with_error
 from ..run_directory import EVALUATION_FILE, RunDirectory
-from ..soft_prompt import SoftPrompt, SoftPromptConfig
+from ..student.model import SoftPromptModel
+from ..student.soft_prompt import SoftPrompt, SoftPromptConfig
 from ..sweep import compression_curve, is_measured
 from ..teacher.cache import TeacherCache
 from ..utils.console import progress, say

@@ -16,10 +16,10 @@ from ..base_model.loading import check_dtype, load_model
 from ..base_model.output_head import OutputHead
 from ..data.records import Record, read_jsonl, read_text
 from ..find_lr import find_lr
-from ..model import SoftPromptModel
 from ..preflight import check_data, check_options
 from ..run_directory import RunDirectory
-from ..soft_prompt import SoftPrompt, SoftPromptConfig
+from ..student.model import SoftPromptModel
+from ..student.soft_prompt import SoftPrompt, SoftPromptConfig
 from ..teacher.cache import TeacherCache
 from ..teacher.examples import check_contexts, count_cut, make_examples
 from ..teacher.teacher import Teacher

@@ -13,11 +13,11 @@ from transformers import PrinterCallback, ProgressCallback
 from ..arguments import SoftPromptTrainingArguments
 from ..checkpoints import last_good_checkpoint, rotate_checkpoints
 from ..diagnosis import diagnose
-from ..model import SoftPromptModel
 from ..progress import TrainingProgress
 from ..run_directory import RunDirectory
 from ..signals import StopOnSignal
-from ..soft_prompt import SoftPrompt
+from ..student.model import SoftPromptModel
+from ..student.soft_prompt import SoftPrompt
 from ..teacher.examples import TrainingExample
 from ..teacher.teacher import Teacher
 from ..trainer import SoftPromptTrainer

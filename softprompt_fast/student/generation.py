@@ -10,14 +10,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.generation.streamers import BaseStreamer
 
-from .base_model.decoding import in_batches, write
-from .base_model.prefix_cache import Prefix
-from .data.queries import Query, student_layout
+from ..base_model.decoding import in_batches, write
+from ..base_model.prefix_cache import Prefix
+from ..data.queries import Query, student_layout
+from ..teacher.answers import Answer
+from ..teacher.examples import TrainingExample
+from ..teacher.teacher import Teacher
+from ..utils.text import INCOMPLETE
 from .model import SoftPromptModel
-from .teacher.answers import Answer
-from .teacher.examples import TrainingExample
-from .teacher.teacher import Teacher
-from .utils.text import INCOMPLETE
 
 
 def generate(

@@ -8,16 +8,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .base_model.activation_checkpointing import check_checkpointing, set_checkpointing
-from .base_model.output_head import (
+from ..base_model.activation_checkpointing import check_checkpointing, set_checkpointing
+from ..base_model.output_head import (
     OutputHead,
     check_head,
     hidden_states,
     input_embedding,
     position_limit,
 )
+from ..data.queries import Query, student_layout
 from .collator import IGNORE, Collator, Packing
-from .data.queries import Query, student_layout
 from .packing import attention_mask as mask_of_segments
 from .packing import longest_packed
 from .soft_prompt import SoftPrompt

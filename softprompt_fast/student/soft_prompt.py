@@ -18,10 +18,10 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .base_model.fingerprint import base_facts, differences
-from .base_model.output_head import input_embedding
-from .data.queries import PLACEMENTS, Placement
-from .utils.files import read_json, refuse_pickle, write_bytes, write_json
+from ..base_model.fingerprint import base_facts, differences
+from ..base_model.output_head import input_embedding
+from ..data.queries import PLACEMENTS, Placement
+from ..utils.files import read_json, refuse_pickle, write_bytes, write_json
 
 PromptInit = Literal["context", "text", "vocab", "random"]
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .data.queries import student_layout
-from .losses.sketch import TeacherSketch
+from ..data.queries import student_layout
+from ..losses.sketch import TeacherSketch
+from ..teacher.examples import TrainingExample
 from .packing import PADDING, SHARED, pack
-from .teacher.examples import TrainingExample
 
 IGNORE = -100
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .base_model.output_head import hidden_states, input_embedding
-from .base_model.prefix_cache import Prefix
+from ..base_model.output_head import hidden_states, input_embedding
+from ..base_model.prefix_cache import Prefix
 
 SHARED, PADDING = 0, -1
 
