@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..data.records import Record, read_jsonl
-from ..export import export_peft, export_safetensors, export_vllm
-from ..export_usage import Usage
+from ..export.export import export_peft, export_safetensors, export_vllm
+from ..export.usage import Usage
 from ..run_directory import read_run
 from ..student.model import SoftPromptModel
 from ..student.soft_prompt import SoftPrompt

@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from .base_model.decoding import end_ids
-from .base_model.output_head import input_embedding
-from .data.queries import (
+from ..base_model.decoding import end_ids
+from ..base_model.output_head import input_embedding
+from ..data.queries import (
     Query,
     render_query,
     slot_is_system_message,
@@ -27,11 +27,11 @@ from .data.queries import (
     text_ids,
     tokenize_query,
 )
-from .data.records import Record
-from .export_usage import QUESTION, Usage, usage_in_peft, usage_in_vllm, usage_of_safetensors
-from .student.model import SoftPromptModel
-from .student.soft_prompt import PEFT_FILE, WEIGHTS_FILE, SoftPrompt
-from .utils.files import write_bytes, write_json
+from ..data.records import Record
+from ..student.model import SoftPromptModel
+from ..student.soft_prompt import PEFT_FILE, WEIGHTS_FILE, SoftPrompt
+from ..utils.files import write_bytes, write_json
+from .usage import QUESTION, Usage, usage_in_peft, usage_in_vllm, usage_of_safetensors
 
 SAFETENSORS_FILE = "soft_prompt.safetensors"
 SYSTEM_FILE = "system_message.json"
