@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from softprompt_fast.metrics import entropy, spearman
+from softprompt_fast.evaluation.metrics import entropy, spearman
 from softprompt_fast.student.model import SoftPromptModel
 from softprompt_fast.teacher.examples import TrainingExample
 

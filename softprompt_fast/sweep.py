@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .conditions import CUT, NONE, PRUNED, SOFT
+from .evaluation.baselines import CUT, NONE, PRUNED, SOFT
 from .run_directory import EVALUATION_FILE, read_run
 from .utils.files import read_json
 

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from softprompt_fast.data.records import Record
 from softprompt_fast.diagnosis import diagnose, recovered
-from softprompt_fast.evaluate import evaluate
+from softprompt_fast.evaluation.evaluate import evaluate
 from softprompt_fast.teacher.examples import make_examples as own_examples
 from softprompt_fast.teacher.teacher import Teacher
 from softprompt_fast.training_log import TRAINING_LOG_FILE, TrainingLog

@@ -11,11 +11,11 @@ from rich.console import Console
 from toy import make_model, make_tokenizer
 from toy_run import CONTEXT, HELD_OUT, NEW_TOKENS
 
-from softprompt_fast.conditions import CONDITIONS
 from softprompt_fast.data.queries import student_layout, teacher_ids, tokenize_query
 from softprompt_fast.data.records import Record
-from softprompt_fast.evaluate import evaluate
-from softprompt_fast.report.tables import side_by_side, table
+from softprompt_fast.evaluation.baselines import CONDITIONS
+from softprompt_fast.evaluation.evaluate import evaluate
+from softprompt_fast.evaluation.report.tables import side_by_side, table
 from softprompt_fast.student.soft_prompt import SoftPrompt, SoftPromptConfig
 
 P = 4

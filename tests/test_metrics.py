@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from softprompt_fast import metrics
 from softprompt_fast.base_model.output_head import OutputHead
-from softprompt_fast.metrics import (
+from softprompt_fast.evaluation import metrics
+from softprompt_fast.evaluation.metrics import (
     QUANTILES,
     by_position,
     calibration,

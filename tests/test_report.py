@@ -14,9 +14,9 @@ import pytest
 from test_evaluate import make_prompt, run
 from toy import make_model
 
-from softprompt_fast.conditions import CONDITIONS
-from softprompt_fast.report.page import page
-from softprompt_fast.report.plots import PLOTS, pictures
+from softprompt_fast.evaluation.baselines import CONDITIONS
+from softprompt_fast.evaluation.report.page import page
+from softprompt_fast.evaluation.report.plots import PLOTS, pictures
 
 CURVE = {"step": [1, 2, 3], "loss": [2.0, 1.5, 1.25], "eval_step": [3], "eval_loss": [1.5]}
 HOSTILE = (

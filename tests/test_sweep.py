@@ -17,8 +17,8 @@ from softprompt_fast.cli import main
 from softprompt_fast.commands import eval as eval_command
 from softprompt_fast.commands import sweep as sweep_command
 from softprompt_fast.commands import train as train_command
-from softprompt_fast.report.curve import curve_picture
-from softprompt_fast.report.tables import curve_table
+from softprompt_fast.evaluation.report.curve import curve_picture
+from softprompt_fast.evaluation.report.tables import curve_table
 from softprompt_fast.signals import StopOnSignal
 from softprompt_fast.teacher.teacher import Teacher
 

@@ -10,10 +10,10 @@ from typing import Any
 from rich.console import Console
 
 from ..data.records import read_jsonl, read_text
-from ..evaluate import evaluate
-from ..report.page import page
-from ..report.plots import pictures
-from ..report.tables import side_by_side, table
+from ..evaluation.evaluate import evaluate
+from ..evaluation.report.page import page
+from ..evaluation.report.plots import pictures
+from ..evaluation.report.tables import side_by_side, table
 from ..run_directory import EVALUATION_FILE, read_run
 from ..teacher.examples import check_contexts
 from ..training_log import TRAINING_LOG_FILE, TrainingLog

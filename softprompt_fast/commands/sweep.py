@@ -20,9 +20,9 @@ from typing import Any
 from rich.console import Console
 
 from ..arguments import SoftPromptTrainingArguments
+from ..evaluation.report.curve import curve_picture
+from ..evaluation.report.tables import curve_table
 from ..preflight import check_data, check_options
-from ..report.curve import curve_picture
-from ..report.tables import curve_table
 from ..student.soft_prompt import SoftPromptConfig
 from ..sweep import SWEPT
 from ..utils.console import say

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ..arguments import SoftPromptTrainingArguments
-from ..conditions import SOFT
-from ..evaluate import Evaluation
-from ..report.tables import kl_with_error
+from ..evaluation.baselines import SOFT
+from ..evaluation.evaluate import Evaluation
+from ..evaluation.report.tables import kl_with_error
 from ..run_directory import EVALUATION_FILE, RunDirectory
 from ..student.model import SoftPromptModel
 from ..student.soft_prompt import SoftPrompt, SoftPromptConfig

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base_model.output_head import OutputHead
-from .losses.functional import linear_kl, linear_nll
+from ..base_model.output_head import OutputHead
+from ..losses.functional import linear_kl, linear_nll
 
 # Alternatives whose ranking is compared.
 TOP = 20

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .base_model.output_head import OutputHead, hidden_states
-from .data.queries import Query
-from .losses.functional import linear_nll
+from ..base_model.output_head import OutputHead, hidden_states
+from ..data.queries import Query
+from ..losses.functional import linear_nll
 
 FULL, NONE, SOFT = "full context", "no context", "soft prompt"
 CUT, PRUNED = "cut context", "pruned context"

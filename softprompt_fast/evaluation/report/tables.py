@@ -7,9 +7,9 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from ..conditions import CONDITIONS, CUT, NONE, PRUNED
-from ..utils.console import one_line
-from ..utils.text import shortened
+from ...utils.console import one_line
+from ...utils.text import shortened
+from ..baselines import CONDITIONS, CUT, NONE, PRUNED
 
 # Of a query or an answer on the screen.
 CHARACTERS = 600

@@ -14,7 +14,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..conditions import CUT, FULL, NONE, PRUNED, SOFT
+from ..baselines import CUT, FULL, NONE, PRUNED, SOFT
 
 COLOURS = {FULL: "#222222", NONE: "#b5b5b5", CUT: "#c9871f", PRUNED: "#8a6fb3", SOFT: "#1f6fb4"}
 COMPARED = (NONE, CUT, PRUNED, SOFT)

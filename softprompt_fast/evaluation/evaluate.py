@@ -16,7 +16,16 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .conditions import (
+from ..data.queries import Query, cut_context, without_context
+from ..data.records import Record
+from ..student.generation import generate
+from ..student.model import SoftPromptModel
+from ..student.soft_prompt import SoftPrompt
+from ..teacher.answers import Answer
+from ..teacher.examples import make_examples
+from ..teacher.teacher import Teacher
+from ..utils.text import pieces
+from .baselines import (
     CONDITIONS,
     CUT,
     FULL,
@@ -26,17 +35,8 @@ from .conditions import (
     Rankings,
     with_pruned_context,
 )
-from .data.queries import Query, cut_context, without_context
-from .data.records import Record
 from .metrics import QUANTILES, Tokens, series, summary, token_metrics, tokens_by_position
-from .nearest import nearest_tokens
-from .student.generation import generate
-from .student.model import SoftPromptModel
-from .student.soft_prompt import SoftPrompt
-from .teacher.answers import Answer
-from .teacher.examples import make_examples
-from .teacher.teacher import Teacher
-from .utils.text import pieces
+from .nearest_tokens import nearest_tokens
 
 
 def evaluate(

@@ -12,9 +12,9 @@ from typing import Any, cast
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from ..conditions import CONDITIONS, FULL
-from ..utils.console import printable
-from ..utils.text import shortened
+from ...utils.console import printable
+from ...utils.text import shortened
+from ..baselines import CONDITIONS, FULL
 from .plots import COLOURS
 
 # Of a query or an answer on the page.

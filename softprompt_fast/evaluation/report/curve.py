@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from ..conditions import CUT, NONE, PRUNED, SOFT
+from ..baselines import CUT, NONE, PRUNED, SOFT
 from .plots import COLOURS, blank, png
 
 INCHES = (7.2, 3.8)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .base_model.output_head import input_embedding
+from ..base_model.output_head import input_embedding
 
 NEIGHBOURS = 3
 # Token embeddings that are compared at a time.
