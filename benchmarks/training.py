@@ -28,7 +28,6 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from softprompt_fast import SoftPrompt, SoftPromptConfig, SoftPromptTrainer
-from softprompt_fast.arguments import SoftPromptTrainingArguments
 from softprompt_fast.base_model.loading import load_model
 from softprompt_fast.data.queries import teacher_ids
 from softprompt_fast.data.records import read_jsonl
@@ -37,6 +36,7 @@ from softprompt_fast.teacher.answers import SketchOptions
 from softprompt_fast.teacher.cache import TeacherCache
 from softprompt_fast.teacher.examples import TrainingExample, make_examples
 from softprompt_fast.teacher.teacher import Teacher
+from softprompt_fast.training.arguments import SoftPromptTrainingArguments
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "training.json"

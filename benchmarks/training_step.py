@@ -12,11 +12,11 @@ from problems import DTYPE, HEADS
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from softprompt_fast import SoftPrompt, SoftPromptConfig, SoftPromptTrainer
-from softprompt_fast.arguments import SoftPromptTrainingArguments
 from softprompt_fast.data.queries import Query
 from softprompt_fast.student.model import SoftPromptModel
 from softprompt_fast.teacher.answers import Answer, SketchOptions, keep_sketches
 from softprompt_fast.teacher.examples import TrainingExample
+from softprompt_fast.training.arguments import SoftPromptTrainingArguments
 
 P, QUERY, ANSWER = 16, 16, 96  # tokens of the soft prompt, of a query and of its answer
 # Guesses at the size that fills the budget, each from the line through the last two sizes.

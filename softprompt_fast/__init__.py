@@ -12,9 +12,9 @@ from .losses.modules import LinearKLLoss, LinearNLLLoss, linear_cross_entropy
 from .losses.sketch import TeacherSketch, sketch_teacher
 
 if TYPE_CHECKING:
-    from .arguments import SoftPromptTrainingArguments
     from .student.soft_prompt import SoftPrompt, SoftPromptConfig
-    from .trainer import SoftPromptTrainer
+    from .training.arguments import SoftPromptTrainingArguments
+    from .training.trainer import SoftPromptTrainer
 
 __version__ = "0.1.0"
 

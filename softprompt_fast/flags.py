@@ -10,10 +10,10 @@ from typing import Any, NoReturn
 from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
-from .arguments import SoftPromptTrainingArguments
 from .commands import Command, Invocation
 from .config_file import PATH_OPTIONS, config_arguments
-from .signals import StopOnSignal
+from .training.arguments import SoftPromptTrainingArguments
+from .training.signals import StopOnSignal
 from .utils.console import closest
 from .utils.errors import UsageError
 

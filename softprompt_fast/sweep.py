@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .evaluation.baselines import CUT, NONE, PRUNED, SOFT
-from .run_directory import EVALUATION_FILE, read_run
+from .training.run_directory import EVALUATION_FILE, read_run
 from .utils.files import read_json
 
 FORMAT_VERSION = 1

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import tqdm.auto
 
-from softprompt_fast.checkpoints import last_good_checkpoint
+from softprompt_fast.training.checkpoints import last_good_checkpoint
 
 Job = Callable[[Path], None]
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir")

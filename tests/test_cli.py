@@ -15,13 +15,13 @@ import pytest
 import torch
 from toy_run import QUESTIONS, start, train_flags, wait_for, write_lines
 
-from softprompt_fast.checkpoints import last_good_checkpoint
 from softprompt_fast.cli import main
 from softprompt_fast.commands import saved_prompt
 from softprompt_fast.config_file import config_arguments
-from softprompt_fast.run_directory import RunDirectory
-from softprompt_fast.signals import StopOnSignal
-from softprompt_fast.trainer import SoftPromptTrainer
+from softprompt_fast.training.checkpoints import last_good_checkpoint
+from softprompt_fast.training.run_directory import RunDirectory
+from softprompt_fast.training.signals import StopOnSignal
+from softprompt_fast.training.trainer import SoftPromptTrainer
 from softprompt_fast.utils.console import printable
 
 

@@ -14,12 +14,12 @@ from toy import make_model, make_tokenizer
 from transformers import TrainerCallback
 
 from softprompt_fast.data.records import Record
-from softprompt_fast.diagnosis import diagnose, recovered
 from softprompt_fast.evaluation.evaluate import evaluate
 from softprompt_fast.teacher.examples import make_examples as own_examples
 from softprompt_fast.teacher.teacher import Teacher
-from softprompt_fast.training_log import TRAINING_LOG_FILE, TrainingLog
-from softprompt_fast.yardstick import Yardstick
+from softprompt_fast.training.baselines import Yardstick
+from softprompt_fast.training.diagnosis import diagnose, recovered
+from softprompt_fast.training.log import TRAINING_LOG_FILE, TrainingLog
 
 
 def curve(losses, *, grad_norm=0.3, learning_rate=0.02):

@@ -10,7 +10,7 @@ from toy import CHAT_TEMPLATE
 from toy_run import CONTEXT, QUESTIONS, train_flags
 
 from softprompt_fast.cli import main
-from softprompt_fast.trainer import SoftPromptTrainer
+from softprompt_fast.training.trainer import SoftPromptTrainer
 
 KINDS = (
     *("nothing to compress", "cut answers", "vanishing gradient", "learning rate too high"),

@@ -11,9 +11,9 @@ from test_trainer import make_examples, make_trainer
 from toy import make_model
 from toy_run import train_flags
 
-from softprompt_fast import find_lr
 from softprompt_fast.cli import main
-from softprompt_fast.find_lr import Point, range_test, suggested_rate
+from softprompt_fast.training import lr_finder
+from softprompt_fast.training.lr_finder import Point, range_test, suggested_rate
 
 
 def random_states():
@@ -72,7 +72,7 @@ def test_a_tenth_of_the_rate_of_the_least_loss_is_suggested(points, rate):
 
 
 def test_the_test_ends_where_the_loss_is_too_far_above_the_least(tmp_path, monkeypatch):
-    monkeypatch.setattr(find_lr, "DIVERGED", 1.0)
+    monkeypatch.setattr(lr_finder, "DIVERGED", 1.0)
     model = make_model()
     examples = make_examples(model)
     trainer = make_trainer(tmp_path, model=model, examples=examples)
@@ -88,8 +88,8 @@ def test_the_test_ends_where_the_loss_is_too_far_above_the_least(tmp_path, monke
 
 
 def test_find_lr_trains_nothing(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(find_lr, "FIRST", 1e-3)
-    monkeypatch.setattr(find_lr, "STEPS", 24)
+    monkeypatch.setattr(lr_finder, "FIRST", 1e-3)
+    monkeypatch.setattr(lr_finder, "STEPS", 24)
     assert main(train_flags(tmp_path, max_steps=1)) == 0
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
     capsys.readouterr()

@@ -11,14 +11,14 @@ import pytest
 import torch
 from toy_run import start, train_flags, wait_for
 
-from softprompt_fast.checkpoints import (
+from softprompt_fast.cli import main
+from softprompt_fast.training.checkpoints import (
     NEEDED_TO_RESUME,
     last_good_checkpoint,
     rotate_checkpoints,
     verify_checkpoint,
     write_manifest,
 )
-from softprompt_fast.cli import main
 
 STEPS = {"max_steps": 400, "save_steps": 20}
 WEIGHTS = "adapter_model.safetensors"

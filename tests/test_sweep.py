@@ -16,11 +16,11 @@ from toy_run import train_flags, write_lines
 from softprompt_fast.cli import main
 from softprompt_fast.commands import eval as eval_command
 from softprompt_fast.commands import sweep as sweep_command
-from softprompt_fast.commands import train as train_command
 from softprompt_fast.evaluation.report.curve import curve_picture
 from softprompt_fast.evaluation.report.tables import curve_table
-from softprompt_fast.signals import StopOnSignal
 from softprompt_fast.teacher.teacher import Teacher
+from softprompt_fast.training import setup as training_setup
+from softprompt_fast.training.signals import StopOnSignal
 
 RUNS = ["nll_P2", "kl_P2", "nll_P4", "kl_P4"]
 STEPS = {"max_steps": 2, "save_steps": 1}
@@ -171,7 +171,7 @@ def test_a_finished_sweep_loads_no_model_unless_it_has_to_measure(folder, tmp_pa
     def no_model(*args, **options):
         raise ValueError("the model was loaded")
 
-    monkeypatch.setattr(train_command, "load_model", no_model)
+    monkeypatch.setattr(training_setup, "load_model", no_model)
     directory = shutil.copytree(folder / "sweep", tmp_path / "sweep")
     flags = [*sweep_flags(folder), f"--output_dir={directory}"]
     assert main(flags) == 0

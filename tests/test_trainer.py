@@ -12,13 +12,13 @@ from toy import make_model, make_tokenizer
 from transformers import TrainingArguments
 
 import softprompt_fast as spf
-from softprompt_fast.checkpoints import last_good_checkpoint
 from softprompt_fast.data.queries import tokenize_query
 from softprompt_fast.student.model import SoftPromptModel
 from softprompt_fast.student.soft_prompt import SoftPrompt, SoftPromptConfig
 from softprompt_fast.teacher.examples import TrainingExample
 from softprompt_fast.teacher.teacher import Teacher
-from softprompt_fast.trainer import SoftPromptTrainer, SoftPromptTrainingArguments
+from softprompt_fast.training.checkpoints import last_good_checkpoint
+from softprompt_fast.training.trainer import SoftPromptTrainer, SoftPromptTrainingArguments
 
 CONTEXT = "Open at 10, closed on Monday. The cat is called Spanner."
 QUESTIONS = ["When?", "May I feed the cat?", "Hi", "Are you open now?"] * 4

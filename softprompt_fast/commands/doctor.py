@@ -7,11 +7,18 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints import last_good_checkpoint
-from ..diagnosis import MIN_STEPS, Finding, diagnose, last_loss, recovered, steps_after_warmup
-from ..run_directory import EVALUATION_FILE, RUN_FILE, read_run
 from ..student.soft_prompt import SoftPrompt
-from ..training_log import TRAINING_LOG_FILE, TrainingLog
+from ..training.checkpoints import last_good_checkpoint
+from ..training.diagnosis import (
+    MIN_STEPS,
+    Finding,
+    diagnose,
+    last_loss,
+    recovered,
+    steps_after_warmup,
+)
+from ..training.log import TRAINING_LOG_FILE, TrainingLog
+from ..training.run_directory import EVALUATION_FILE, RUN_FILE, read_run
 from ..utils.console import one_line, say
 from ..utils.files import read_json
 from . import Argument, Command, Invocation

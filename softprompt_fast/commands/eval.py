@@ -14,9 +14,8 @@ from ..evaluation.evaluate import evaluate
 from ..evaluation.report.page import page
 from ..evaluation.report.plots import pictures
 from ..evaluation.report.tables import side_by_side, table
-from ..run_directory import EVALUATION_FILE, read_run
 from ..teacher.examples import check_contexts
-from ..training_log import TRAINING_LOG_FILE, TrainingLog
+from ..training.run_directory import EVALUATION_FILE, facts_of_run, read_run
 from ..utils.console import progress, say
 from ..utils.errors import check_at_least
 from ..utils.files import write_bytes, write_json
@@ -84,16 +83,6 @@ def evaluate_prompt(options: EvalOptions, invocation: Invocation) -> int:
     write_bytes(file.with_suffix(".html"), page(report, drawn).encode())
     say(f"Written to {file}, with pictures; look at {file.with_suffix('.html')}")
     return 0
-
-
-def facts_of_run(prompt_dir: str | Path, eval_file: str) -> dict[str, Any]:
-    """What a report says of the run besides the measurements."""
-    log = Path(prompt_dir) / TRAINING_LOG_FILE
-    return {
-        "objective": read_run(prompt_dir).get("objective"),
-        "eval_file": str(eval_file),
-        "training_curve": TrainingLog.read(log).curve() if log.is_file() else None,
-    }
 
 
 def _context(

@@ -9,9 +9,9 @@ from typing import Any, Literal
 from ..data.records import Record, read_jsonl
 from ..export.export import export_peft, export_safetensors, export_vllm
 from ..export.usage import Usage
-from ..run_directory import read_run
 from ..student.model import SoftPromptModel
 from ..student.soft_prompt import SoftPrompt
+from ..training.run_directory import read_run
 from ..utils.console import say
 from ..utils.errors import UsageError
 from ..utils.files import new_directory, write_bytes

@@ -19,12 +19,13 @@ from typing import Any
 
 from rich.console import Console
 
-from ..arguments import SoftPromptTrainingArguments
 from ..evaluation.report.curve import curve_picture
 from ..evaluation.report.tables import curve_table
-from ..preflight import check_data, check_options
 from ..student.soft_prompt import SoftPromptConfig
 from ..sweep import SWEPT
+from ..training.arguments import SoftPromptTrainingArguments, TrainOptions
+from ..training.preflight import check_arguments, check_data
+from ..training.setup import read_data
 from ..utils.console import say
 from ..utils.errors import UsageError
 from ..utils.files import check_free, leftovers, locked, make_writable, write_bytes
@@ -37,7 +38,6 @@ from .sweep_runs import (
     open_run,
     write_curve,
 )
-from .train import TrainOptions, read_data
 
 LOCK_FILE = ".sweep.lock"
 RUN_NAME = re.compile(r".+_P\d+")
@@ -85,7 +85,7 @@ def sweep(
             f"sweep runs in one process: got {args.world_size}. Start it without a launcher"
         )
     for call in calls:
-        check_options(*call[:3])
+        check_arguments(*call[:3])
     data = read_data(options)
     check_data(args, len(data.records))
     directory = Path(args.output_dir or "").parent

@@ -7,21 +7,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..arguments import SoftPromptTrainingArguments
 from ..evaluation.baselines import SOFT
 from ..evaluation.evaluate import Evaluation
 from ..evaluation.report.tables import kl_with_error
-from ..run_directory import EVALUATION_FILE, RunDirectory
 from ..student.model import SoftPromptModel
 from ..student.soft_prompt import SoftPrompt, SoftPromptConfig
 from ..sweep import compression_curve, is_measured
 from ..teacher.cache import TeacherCache
+from ..training.arguments import SoftPromptTrainingArguments, TrainOptions
+from ..training.run import train_prompt
+from ..training.run_directory import EVALUATION_FILE, RunDirectory, facts_of_run
+from ..training.setup import Data, Lessons, load, open_directory, teach
 from ..utils.console import progress, say
 from ..utils.files import write_json
 from . import Invocation
-from .eval import facts_of_run
-from .train import Data, TrainOptions, load, open_directory, teach
-from .training_run import Lessons, train_prompt
 
 CURVE_FILE, PICTURE_FILE = "sweep.json", "sweep.png"
 CACHE_DIRECTORY = "teacher_cache"

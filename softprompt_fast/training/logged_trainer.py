@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import Trainer
 from transformers.trainer_utils import TrainOutput
 
-from .training_log import TRAINING_LOG_FILE, StepRecorder, TrainingLog
+from .log import TRAINING_LOG_FILE, StepRecorder, TrainingLog
 
 
 class LoggedTrainer(Trainer):

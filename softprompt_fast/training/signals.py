@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from .utils.console import progress
+from ..utils.console import progress
 
 
 class StopOnSignal(TrainerCallback):

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers.trainer import safe_globals
 
-from .utils.files import leftovers, read_json, sha256, sync_directory, sync_file, write_json
+from ..utils.files import leftovers, read_json, sha256, sync_directory, sync_file, write_json
 
 MANIFEST_FILE = "manifest.json"
 FORMAT_VERSION = 1

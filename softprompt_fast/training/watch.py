@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from transformers import TrainerCallback
 
+from ..utils.console import progress
 from .diagnosis import MIN_STEPS, diagnose, steps_after_warmup
-from .training_log import TrainingLog
-from .utils.console import progress
+from .log import TrainingLog
 
 
 class Watch(TrainerCallback):

@@ -10,25 +10,22 @@ import torch
 from transformers import Trainer, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 
-from .arguments import SoftPromptTrainingArguments
+from ..student.model import SoftPromptModel
+from ..student.soft_prompt import SoftPromptConfig
+from ..teacher.examples import TrainingExample
+from ..teacher.teacher import Teacher
+from ..utils.errors import UsageError
+from .arguments import SoftPromptTrainingArguments, TrainOptions
 from .checkpoints import verify_checkpoint
-from .student.model import SoftPromptModel
-from .student.soft_prompt import SoftPromptConfig
-from .teacher.examples import TrainingExample
-from .teacher.teacher import Teacher
 from .teacher_store import choose_store, sketch_problem
-from .utils.errors import UsageError
 
 METRICS = (None, "loss", "eval_loss")
 
 
-def check_options(
-    options: Any, config: SoftPromptConfig, args: SoftPromptTrainingArguments
+def check_arguments(
+    options: TrainOptions, config: SoftPromptConfig, args: SoftPromptTrainingArguments
 ) -> None:
-    """Raises UsageError naming options that do not go together, or a package that is missing.
-
-    options: the TrainOptions of the run.
-    """
+    """Raises UsageError naming options that do not go together, or a package that is missing."""
     evaluates = args.eval_strategy != "no" or args.eval_on_start
     if evaluates and options.eval_file is None:
         raise UsageError("eval_strategy and eval_on_start need --eval_file")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .utils.files import read_json, write_json
+from ..utils.files import read_json, write_json
 
 TRAINING_LOG_FILE = "training_log.json"
 FORMAT_VERSION = 1

@@ -4,46 +4,26 @@ from __future__ import annotations
 
 import time
 import warnings
-from dataclasses import dataclass
 
 import torch
 import transformers
 from transformers import PrinterCallback, ProgressCallback
 
-from ..arguments import SoftPromptTrainingArguments
-from ..checkpoints import last_good_checkpoint, rotate_checkpoints
-from ..diagnosis import diagnose
-from ..progress import TrainingProgress
-from ..run_directory import RunDirectory
-from ..signals import StopOnSignal
 from ..student.model import SoftPromptModel
 from ..student.soft_prompt import SoftPrompt
-from ..teacher.examples import TrainingExample
-from ..teacher.teacher import Teacher
-from ..trainer import SoftPromptTrainer
-from ..training_log import TRAINING_LOG_FILE
 from ..utils.console import progress, say
 from ..utils.files import named_failures
-from ..watch import Watch
-from ..yardstick import Yardstick
-
-
-@dataclass(frozen=True, kw_only=True)
-class Lessons:
-    """What the teacher made of the data, for any number of prompts."""
-
-    train_set: list[TrainingExample]
-    eval_set: list[TrainingExample] | None
-    teacher: Teacher
-    is_online: bool
-    """Whether the teacher is asked again at every step."""
-
-    cut_answers: int
-    """How many of the answers it wrote reached its max_new_tokens."""
-
-    @property
-    def asked(self) -> Teacher | None:
-        return self.teacher if self.is_online else None
+from .arguments import SoftPromptTrainingArguments
+from .baselines import Yardstick
+from .checkpoints import last_good_checkpoint, rotate_checkpoints
+from .diagnosis import diagnose
+from .log import TRAINING_LOG_FILE
+from .progress import TrainingProgress
+from .run_directory import RunDirectory
+from .setup import Lessons
+from .signals import StopOnSignal
+from .trainer import SoftPromptTrainer
+from .watch import Watch
 
 
 def train_prompt(

@@ -13,9 +13,9 @@ import shutil
 from pathlib import Path
 from typing import IO, Any
 
-from .student.soft_prompt import FACTS_FILE, PEFT_FILE, WEIGHTS_FILE
-from .training_log import TRAINING_LOG_FILE
-from .utils.files import check_free, leftovers, make_writable, read_json, write_json
+from ..student.soft_prompt import FACTS_FILE, PEFT_FILE, WEIGHTS_FILE
+from ..utils.files import check_free, leftovers, make_writable, read_json, write_json
+from .log import TRAINING_LOG_FILE, TrainingLog
 
 RUN_FILE = "run.json"
 EVALUATION_FILE = "evaluation.json"
@@ -120,6 +120,16 @@ def read_run(path: str | os.PathLike[str]) -> dict[str, Any]:
         if value is not None:
             _check_kind(file, name, value, int if name == "max_new_tokens" else str)
     return run
+
+
+def facts_of_run(prompt_dir: str | Path, eval_file: str) -> dict[str, Any]:
+    """What a report says of the run besides the measurements."""
+    log = Path(prompt_dir) / TRAINING_LOG_FILE
+    return {
+        "objective": read_run(prompt_dir).get("objective"),
+        "eval_file": str(eval_file),
+        "training_curve": TrainingLog.read(log).curve() if log.is_file() else None,
+    }
 
 
 def _check_kind(file: Path, name: str, value: Any, kind: type) -> None:

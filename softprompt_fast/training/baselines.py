@@ -8,11 +8,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .data.queries import Query, without_context
-from .losses.functional import linear_kl
-from .losses.sketch import TeacherSketch
-from .teacher.examples import TrainingExample
-from .teacher.teacher import Reading, Teacher
+from ..data.queries import Query, without_context
+from ..losses.functional import linear_kl
+from ..losses.sketch import TeacherSketch
+from ..teacher.examples import TrainingExample
+from ..teacher.teacher import Reading, Teacher
 from .trainer import SoftPromptTrainer
 
 # Queries that are asked: enough for a mean that is off by some per cent, for the price of a step or

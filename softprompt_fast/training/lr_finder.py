@@ -20,13 +20,13 @@ from rich.table import Table
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback
 
+from ..student.model import SoftPromptModel
+from ..student.soft_prompt import SoftPrompt
+from ..teacher.examples import TrainingExample
+from ..teacher.teacher import Teacher
+from ..utils.console import say
 from .arguments import SoftPromptTrainingArguments
-from .student.model import SoftPromptModel
-from .student.soft_prompt import SoftPrompt
-from .teacher.examples import TrainingExample
-from .teacher.teacher import Teacher
 from .trainer import SoftPromptTrainer
-from .utils.console import say
 
 # Ten steps a decade.
 FIRST, LAST, STEPS = 1e-5, 1.0, 51

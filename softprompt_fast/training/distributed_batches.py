@@ -11,9 +11,9 @@ from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ..student.collator import IGNORE
+from ..teacher.examples import TrainingExample
 from .arguments import SoftPromptTrainingArguments
-from .student.collator import IGNORE
-from .teacher.examples import TrainingExample
 
 Collate = Callable[[Any], dict[str, Any]]
 

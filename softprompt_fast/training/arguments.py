@@ -1,4 +1,4 @@
-"""The options of a training run: those of ``transformers.TrainingArguments`` and the objective."""
+"""The options of a run: model and data, the objective, and ``transformers.TrainingArguments``."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import Literal, get_args
 from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 
-from . import backends
-from .losses.options import check_options
-from .utils.errors import check_at_least
+from .. import backends
+from ..base_model.loading import check_dtype
+from ..losses.options import check_options
+from ..utils.errors import check_at_least
 
+Store = Literal["auto", "sketch", "hidden", "online"]
 Objective = Literal["nll", "kl", "mix"]
 LossImpl = Literal["fused", "reference"]
 
@@ -128,3 +130,78 @@ class SoftPromptTrainingArguments(TrainingArguments):
     def needs_teacher_states(self) -> bool:
         """Whether the objective compares with the teacher's distribution."""
         return self.objective != "nll"
+
+
+@dataclass(kw_only=True)
+class TrainOptions:
+    """The model and the data of a training run."""
+
+    model: str = field(metadata={"help": "Directory or Hub id of the frozen language model."})
+    train_file: str = field(metadata={"help": "JSON Lines file of queries to learn from."})
+    context_file: str | None = field(
+        default=None,
+        metadata={"help": "Text file: the context to replace. A query's own replaces this one."},
+    )
+    eval_file: str | None = field(
+        default=None, metadata={"help": "JSON Lines file of held-out queries."}
+    )
+    max_new_tokens: int = field(
+        default=64, metadata={"help": "Longest answer of the teacher, in tokens."}
+    )
+    teacher_batch_size: int = field(default=16, metadata={"help": "Queries answered at a time."})
+    teacher_store: Store = field(
+        default="auto",
+        metadata={
+            "help": "sketch: all that forward KL needs; hidden: hidden states, for every "
+            "divergence; online: nothing, the teacher is asked at each step; auto: sketch where it "
+            "is exact, else hidden."
+        },
+    )
+    teacher_top_k: int | None = field(
+        default=None,
+        metadata={
+            "help": "Entries that a sketch keeps of each distribution; by default 32, or 128 for "
+            "a head in 16 bits."
+        },
+    )
+    teacher_cache: str | None = field(
+        default=None,
+        metadata={"help": "Directory where the teacher's work is kept, for later runs too."},
+    )
+    dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "auto (the checkpoint's own; float32 where the device only emulates it), "
+            "float32, bfloat16, float16"
+        },
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run Python code that the model's repository brings."}
+    )
+    shard_base: bool = field(
+        default=False,
+        metadata={"help": "Each of several processes holds its part of the model's layers."},
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Delete the earlier run in output_dir and train anew."}
+    )
+    find_lr: bool = field(
+        default=False,
+        metadata={"help": "Try learning rates on the data, suggest one, and train nothing."},
+    )
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 1, "max_new_tokens", "teacher_batch_size", "teacher_top_k")
+        check_dtype(self.dtype)
+
+
+# Options that change how a run is watched or where things lie, and not what comes out of it.
+FREE_OPTIONS = frozenset(
+    [
+        *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "save_total_limit"),
+        *("train_file", "context_file", "eval_file"),  # the first two are compared by content
+        *("teacher_cache", "shard_base"),
+        *("disable_tqdm", "logging_strategy", "logging_steps", "logging_first_step", "log_level"),
+        *("report_to", "run_name", "hub_token", "trust_remote_code", "find_lr"),
+    ]
+)

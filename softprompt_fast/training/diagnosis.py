@@ -10,8 +10,8 @@ import math
 from dataclasses import dataclass
 from statistics import fmean, median, stdev
 
-from .teacher.examples import OFTEN_CUT
-from .training_log import TrainingLog
+from ..teacher.examples import OFTEN_CUT
+from .log import TrainingLog
 
 # Steps after warm-up before which a curve says nothing.
 MIN_STEPS = 10

@@ -18,25 +18,25 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from . import losses
+from .. import losses
+from ..base_model.fsdp import in_lockstep, sharded_parameters
+from ..losses.sketch import TeacherSketch
+from ..student.collator import IGNORE
+from ..student.model import SoftPromptModel, scaled
+from ..student.soft_prompt import SoftPrompt
+from ..teacher.examples import TrainingExample
+from ..teacher.teacher import Reading, Teacher
 from .arguments import SoftPromptTrainingArguments
-from .base_model.fsdp import in_lockstep, sharded_parameters
 from .checkpoints import (
     last_good_checkpoint,
     rotate_checkpoints,
     verify_checkpoint,
     write_manifest,
 )
+from .distributed_batches import own_share, shared_loader
+from .log import TRAINING_LOG_FILE
 from .logged_trainer import LoggedTrainer
-from .losses.sketch import TeacherSketch
 from .preflight import check_examples
-from .sharding import own_share, shared_loader
-from .student.collator import IGNORE
-from .student.model import SoftPromptModel, scaled
-from .student.soft_prompt import SoftPrompt
-from .teacher.examples import TrainingExample
-from .teacher.teacher import Reading, Teacher
-from .training_log import TRAINING_LOG_FILE
 
 Datasets = Sequence[TrainingExample] | dict[str, Sequence[TrainingExample]]
 

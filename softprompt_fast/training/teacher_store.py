@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+from ..base_model.output_head import OutputHead
+from ..losses.sketch import entries_kept
+from ..teacher.answers import SketchOptions
+from ..utils.errors import UsageError
 from .arguments import SoftPromptTrainingArguments
-from .base_model.output_head import OutputHead
-from .losses.sketch import entries_kept
-from .teacher.answers import SketchOptions
-from .utils.errors import UsageError
 
-Store = Literal["auto", "sketch", "hidden", "online"]
 KEPT = {
     "answers": "its answers",
     "sketch": "its answers and sketches of its distributions",
