@@ -20,9 +20,10 @@ import tables
 from problems import HEADS
 
 from softprompt_fast.evaluation.baselines import CONDITIONS
-from softprompt_fast.evaluation.report.curve import curve_picture
-from softprompt_fast.evaluation.report.tables import curve_cells, kl_with_error
+from softprompt_fast.evaluation.report.tables import kl_with_error
 from softprompt_fast.report import plots
+from softprompt_fast.sweep.plot import curve_picture
+from softprompt_fast.sweep.table import curve_cells
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
 import objective_report

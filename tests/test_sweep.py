@@ -16,8 +16,8 @@ from toy_run import train_flags, write_lines
 from softprompt_fast.cli import main
 from softprompt_fast.commands import eval as eval_command
 from softprompt_fast.commands import sweep as sweep_command
-from softprompt_fast.evaluation.report.curve import curve_picture
-from softprompt_fast.evaluation.report.tables import curve_table
+from softprompt_fast.sweep.plot import curve_picture
+from softprompt_fast.sweep.table import curve_table
 from softprompt_fast.teacher.teacher import Teacher
 from softprompt_fast.training import setup as training_setup
 from softprompt_fast.training.signals import StopOnSignal

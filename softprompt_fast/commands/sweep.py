@@ -19,18 +19,10 @@ from typing import Any
 
 from rich.console import Console
 
-from ..evaluation.report.curve import curve_picture
-from ..evaluation.report.tables import curve_table
 from ..student.soft_prompt import SoftPromptConfig
-from ..sweep import SWEPT
-from ..training.arguments import SoftPromptTrainingArguments, TrainOptions
-from ..training.preflight import check_arguments, check_data
-from ..training.setup import read_data
-from ..utils.console import say
-from ..utils.errors import UsageError
-from ..utils.files import check_free, leftovers, locked, make_writable, write_bytes
-from . import Command, Invocation
-from .sweep_runs import (
+from ..sweep.curve import SWEPT
+from ..sweep.plot import curve_picture
+from ..sweep.runs import (
     CACHE_DIRECTORY,
     CURVE_FILE,
     PICTURE_FILE,
@@ -38,6 +30,14 @@ from .sweep_runs import (
     open_run,
     write_curve,
 )
+from ..sweep.table import curve_table
+from ..training.arguments import SoftPromptTrainingArguments, TrainOptions
+from ..training.preflight import check_arguments, check_data
+from ..training.setup import read_data
+from ..utils.console import say
+from ..utils.errors import UsageError
+from ..utils.files import check_free, leftovers, locked, make_writable, write_bytes
+from . import Command, Invocation
 
 LOCK_FILE = ".sweep.lock"
 RUN_NAME = re.compile(r".+_P\d+")
@@ -99,9 +99,9 @@ def sweep(
     with locked(directory / LOCK_FILE, wait=False) as is_ours:
         if not is_ours:
             raise ValueError(f"output_dir {directory} is in use: another process sweeps there")
-        runs = [open_run(*call, data, facts) for call in calls]
+        runs = [open_run(*call[:3], call[3].changed, data, facts) for call in calls]
         is_done = all(run.is_measured for run in runs)
-        code = 0 if is_done else finish_runs(runs, data, facts, invocation)
+        code = 0 if is_done else finish_runs(runs, data, facts, invocation.stop)
         if code:
             done = sum(run.is_measured for run in runs)
             flag = " without --overwrite_output_dir" if options.overwrite_output_dir else ""

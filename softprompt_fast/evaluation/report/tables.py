@@ -1,4 +1,4 @@
-"""An evaluation report, and the curve of a sweep, as tables on the screen."""
+"""An evaluation report as tables on the screen."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rich.text import Text
 
 from ...utils.console import one_line
 from ...utils.text import shortened
-from ..baselines import CONDITIONS, CUT, NONE, PRUNED
+from ..baselines import CONDITIONS
 
 # Of a query or an answer on the screen.
 CHARACTERS = 600
@@ -52,40 +52,9 @@ def side_by_side(report: dict[str, Any]) -> Table:
     return result
 
 
-def curve_table(curve: dict[str, Any]) -> Table:
-    """``sweep.compression_curve`` for ``rich`` to print."""
-    title = (
-        f"KL to the full context ({curve['context_tokens']} tokens), nats/token, and KL recovered; "
-        f"no context: {kl_with_error(curve['baselines'][NONE])}"
-    )
-    result = Table(title=title, title_justify="left")
-    headings, rows = curve_cells(curve)
-    for heading in headings:
-        result.add_column(heading, justify="right")
-    for cells in rows:
-        result.add_row(*cells)
-    return result
-
-
-def curve_cells(curve: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """The headings and the rows, one for each P: the soft prompts, then as many plain tokens."""
-    points = {(row["objective"], row["num_virtual_tokens"]): row for row in curve["rows"]}
-    for name in (CUT, PRUNED):
-        rows = curve["baselines"][name]
-        points |= {(name, row["num_virtual_tokens"]): row for row in rows}
-    names = list(dict.fromkeys(name for name, _ in points))
-    lengths = sorted({P for _, P in points})
-    return ["P", *names], [[str(P), *(_point(points[name, P]) for name in names)] for P in lengths]
-
-
 def kl_with_error(row: dict[str, Any]) -> str:
     error = row["kl_standard_error"]
     return f"{row['kl']:.3f}" + ("" if error is None else f" ± {error:.3f}")
-
-
-def _point(row: dict[str, Any]) -> str:
-    recovered = row["kl_recovered"]
-    return f"{row['kl']:.3f}" + ("" if recovered is None else f", {recovered:.0%}")
 
 
 def _shown(text: str) -> str:

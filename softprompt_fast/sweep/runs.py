@@ -12,15 +12,15 @@ from ..evaluation.evaluate import Evaluation
 from ..evaluation.report.tables import kl_with_error
 from ..student.model import SoftPromptModel
 from ..student.soft_prompt import SoftPrompt, SoftPromptConfig
-from ..sweep import compression_curve, is_measured
 from ..teacher.cache import TeacherCache
 from ..training.arguments import SoftPromptTrainingArguments, TrainOptions
 from ..training.run import train_prompt
 from ..training.run_directory import EVALUATION_FILE, RunDirectory, facts_of_run
 from ..training.setup import Data, Lessons, load, open_directory, teach
+from ..training.signals import StopOnSignal
 from ..utils.console import progress, say
 from ..utils.files import write_json
-from . import Invocation
+from .curve import compression_curve, is_measured
 
 CURVE_FILE, PICTURE_FILE = "sweep.json", "sweep.png"
 CACHE_DIRECTORY = "teacher_cache"
@@ -46,17 +46,17 @@ def open_run(
     options: TrainOptions,
     config: SoftPromptConfig,
     args: SoftPromptTrainingArguments,
-    invocation: Invocation,
+    changed: dict[str, Any],
     data: Data,
     facts: dict[str, Any],
 ) -> Run:
-    """facts: what its report says if it is one of this sweep."""
-    directory = open_directory(options, args, data, invocation.changed)
+    """changed: what the user gave. facts: what its report says if it is one of this sweep."""
+    directory = open_directory(options, args, data, changed)
     is_done = directory.is_finished and is_measured(directory.path, facts)
     return Run(options=options, config=config, args=args, directory=directory, is_measured=is_done)
 
 
-def finish_runs(runs: list[Run], data: Data, facts: dict[str, Any], invocation: Invocation) -> int:
+def finish_runs(runs: list[Run], data: Data, facts: dict[str, Any], stop: StopOnSignal) -> int:
     """Train and measure what is left; the exit code."""
     left = [run for run in runs if not run.is_measured]
     # The teacher keeps what serves all, finished ones too: then its cache stays the same.
@@ -96,9 +96,7 @@ def finish_runs(runs: list[Run], data: Data, facts: dict[str, Any], invocation: 
         progress(f"{run.path.name}, {number} of {len(left)} runs that are left")
         if lessons is not None and run in untrained:
             anew = options.overwrite_output_dir
-            code = train_prompt(
-                run.student, lessons, run.args, run.directory, invocation.stop, anew=anew
-            )
+            code = train_prompt(run.student, lessons, run.args, run.directory, stop, anew=anew)
             if code:
                 return code
         _measure(run, evaluation, facts)

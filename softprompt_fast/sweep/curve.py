@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .evaluation.baselines import CUT, NONE, PRUNED, SOFT
-from .training.run_directory import EVALUATION_FILE, read_run
-from .utils.files import read_json
+from ..evaluation.baselines import CUT, NONE, PRUNED, SOFT
+from ..training.run_directory import EVALUATION_FILE, read_run
+from ..utils.files import read_json
 
 FORMAT_VERSION = 1
 # Of a row of a report.

@@ -9,8 +9,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from ..baselines import CUT, NONE, PRUNED, SOFT
-from .plots import COLOURS, blank, png
+from ..evaluation.baselines import CUT, NONE, PRUNED, SOFT
+from ..evaluation.report.plots import COLOURS, blank, png
 
 INCHES = (7.2, 3.8)
 OBJECTIVE_COLOURS = {"nll": "#b3402e", "kl": COLOURS[SOFT], "mix": "#2e8b62"}
