@@ -2,6 +2,6 @@
 
 import sys
 
-from softprompt_fast.cli import main
+from softprompt_fast.cli.main import main
 
 sys.exit(main())

@@ -14,7 +14,7 @@ from toy import make_model, make_tokenizer
 
 from softprompt_fast.base_model.fsdp import shard_base
 from softprompt_fast.base_model.output_head import decoder
-from softprompt_fast.cli import main
+from softprompt_fast.cli.main import main
 from softprompt_fast.data.queries import tokenize_query
 from softprompt_fast.teacher.answers import SketchOptions, pack
 from softprompt_fast.teacher.distributed import answer_together

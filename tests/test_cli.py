@@ -15,9 +15,9 @@ import pytest
 import torch
 from toy_run import QUESTIONS, start, train_flags, wait_for, write_lines
 
-from softprompt_fast.cli import main
-from softprompt_fast.commands import saved_prompt
-from softprompt_fast.config_file import config_arguments
+from softprompt_fast.cli import saved_prompt
+from softprompt_fast.cli.config_file import config_arguments
+from softprompt_fast.cli.main import main
 from softprompt_fast.training.checkpoints import last_good_checkpoint
 from softprompt_fast.training.run_directory import RunDirectory
 from softprompt_fast.training.signals import StopOnSignal

@@ -9,7 +9,7 @@ import pytest
 from toy import CHAT_TEMPLATE
 from toy_run import CONTEXT, QUESTIONS, train_flags
 
-from softprompt_fast.cli import main
+from softprompt_fast.cli.main import main
 from softprompt_fast.training.trainer import SoftPromptTrainer
 
 KINDS = (

@@ -14,7 +14,7 @@ from toy import CHAT_TEMPLATE, make_model, make_tokenizer
 from toy_run import QUESTIONS, write_lines
 
 from softprompt_fast.base_model.loading import load_model
-from softprompt_fast.cli import main
+from softprompt_fast.cli.main import main
 from softprompt_fast.data.queries import tokenize_query
 from softprompt_fast.student.generation import generate
 from softprompt_fast.student.model import SoftPromptModel

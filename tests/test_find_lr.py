@@ -11,7 +11,7 @@ from test_trainer import make_examples, make_trainer
 from toy import make_model
 from toy_run import train_flags
 
-from softprompt_fast.cli import main
+from softprompt_fast.cli.main import main
 from softprompt_fast.training import lr_finder
 from softprompt_fast.training.lr_finder import Point, range_test, suggested_rate
 

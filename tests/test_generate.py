@@ -10,7 +10,7 @@ from toy import PADDING_SENSITIVE, make_model, make_tokenizer
 from toy_run import CONTEXT, NEW_TOKENS, QUESTIONS, save_toy_model
 from transformers import AutoModelForCausalLM
 
-from softprompt_fast.cli import main
+from softprompt_fast.cli.main import main
 from softprompt_fast.data.queries import tokenize_query
 from softprompt_fast.student.generation import Pieces, generate, stream
 from softprompt_fast.student.model import SoftPromptModel

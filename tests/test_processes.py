@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from toy_run import HELD_OUT, QUESTIONS, spawn, start, train_flags, wait_for
 
-from softprompt_fast.cli import main
+from softprompt_fast.cli.main import main
 
 pytestmark = pytest.mark.xdist_group("processes")
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from toy_run import start, train_flags, wait_for
 
-from softprompt_fast.cli import main
+from softprompt_fast.cli.main import main
 from softprompt_fast.training.checkpoints import (
     NEEDED_TO_RESUME,
     last_good_checkpoint,

@@ -13,9 +13,9 @@ import pytest
 from rich.console import Console
 from toy_run import train_flags, write_lines
 
-from softprompt_fast.cli import main
-from softprompt_fast.commands import eval as eval_command
-from softprompt_fast.commands import sweep as sweep_command
+from softprompt_fast.cli.commands import eval as eval_command
+from softprompt_fast.cli.commands import sweep as sweep_command
+from softprompt_fast.cli.main import main
 from softprompt_fast.sweep.plot import curve_picture
 from softprompt_fast.sweep.table import curve_table
 from softprompt_fast.teacher.teacher import Teacher

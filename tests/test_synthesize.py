@@ -16,7 +16,7 @@ from toy import make_model, make_tokenizer
 from toy_run import CONTEXT, save_toy_model
 
 from softprompt_fast.base_model.decoding import Sampling
-from softprompt_fast.cli import main
+from softprompt_fast.cli.main import main
 from softprompt_fast.data.queries import tokenize_answer
 from softprompt_fast.data.records import read_jsonl
 from softprompt_fast.synthesis.chunks import cut_into_chunks

@@ -9,7 +9,7 @@ import torch
 from toy import make_model
 from toy_run import train_flags
 
-from softprompt_fast.cli import main
+from softprompt_fast.cli.main import main
 from softprompt_fast.teacher.teacher import Teacher
 
 

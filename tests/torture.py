@@ -19,7 +19,7 @@ from killing import Job, kill
 from toy_cache import CachedToy
 from toy_run import train_flags
 
-from softprompt_fast.cli import main as softprompt_fast
+from softprompt_fast.cli.main import main as softprompt_fast
 
 say = partial(print, flush=True)
 

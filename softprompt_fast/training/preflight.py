@@ -14,7 +14,7 @@ from ..student.model import SoftPromptModel
 from ..student.soft_prompt import SoftPromptConfig
 from ..teacher.examples import TrainingExample
 from ..teacher.teacher import Teacher
-from ..utils.errors import UsageError
+from ..utils.errors import OptionError
 from .arguments import SoftPromptTrainingArguments, TrainOptions
 from .checkpoints import verify_checkpoint
 from .teacher_store import choose_store, sketch_problem
@@ -25,22 +25,22 @@ METRICS = (None, "loss", "eval_loss")
 def check_arguments(
     options: TrainOptions, config: SoftPromptConfig, args: SoftPromptTrainingArguments
 ) -> None:
-    """Raises UsageError naming options that do not go together, or a package that is missing."""
+    """Raises OptionError naming options that do not go together, or a package that is missing."""
     evaluates = args.eval_strategy != "no" or args.eval_on_start
     if evaluates and options.eval_file is None:
-        raise UsageError("eval_strategy and eval_on_start need --eval_file")
+        raise OptionError("eval_strategy and eval_on_start need --eval_file")
     if args.metric_for_best_model not in METRICS:
-        raise UsageError(f"metric_for_best_model must be loss: got {args.metric_for_best_model!r}")
+        raise OptionError(f"metric_for_best_model must be loss: got {args.metric_for_best_model!r}")
     if args.save_strategy == "best" and not (evaluates and args.metric_for_best_model):
-        raise UsageError(
+        raise OptionError(
             "save_strategy best needs --eval_strategy and --metric_for_best_model=loss"
         )
     if options.overwrite_output_dir and args.resume_from_checkpoint:
-        raise UsageError(
+        raise OptionError(
             "--overwrite_output_dir trains anew, and --resume_from_checkpoint does not: give one"
         )
     if options.find_lr and args.world_size > 1:
-        raise UsageError(
+        raise OptionError(
             f"find_lr runs in one process: got {args.world_size}. Start it without a launcher, and "
             "multiply gradient_accumulation_steps by their number for batches of the same size"
         )
@@ -48,10 +48,10 @@ def check_arguments(
     if options.teacher_cache is not None:
         _check_apart(str(args.output_dir), options.teacher_cache)
     if not -(2**63) <= config.prompt_seed < 2**64:
-        raise UsageError(f"prompt_seed must fit into 64 bits: got {config.prompt_seed}")
+        raise OptionError(f"prompt_seed must fit into 64 bits: got {config.prompt_seed}")
     for name in args.report_to or ():
         if name not in get_available_reporting_integrations():
-            raise UsageError(f"report_to {name}: there is no such package installed")
+            raise OptionError(f"report_to {name}: there is no such package installed")
     _check_optimizer(args)
 
 
@@ -70,7 +70,7 @@ def check_data(args: SoftPromptTrainingArguments, num_queries: int) -> None:
 def _check_apart(output_dir: str, teacher_cache: str) -> None:
     run, cache = Path(output_dir).resolve(), Path(teacher_cache).resolve()
     if run == cache or run in cache.parents:
-        raise UsageError(
+        raise OptionError(
             f"teacher_cache {teacher_cache} lies in output_dir {output_dir}, which is of this run "
             "alone: choose a directory beside it"
         )
@@ -82,7 +82,7 @@ def _check_optimizer(args: SoftPromptTrainingArguments) -> None:
     try:
         Trainer.get_optimizer_cls_and_kwargs(args)
     except (ImportError, ValueError) as error:
-        raise UsageError(f"optim {optim}, optim_args {args.optim_args}: {error}") from error
+        raise OptionError(f"optim {optim}, optim_args {args.optim_args}: {error}") from error
     options: Any = args.lr_scheduler_kwargs or {}
     try:
         get_scheduler(
@@ -93,7 +93,7 @@ def _check_optimizer(args: SoftPromptTrainingArguments) -> None:
             scheduler_specific_kwargs=dict(options),
         )
     except (TypeError, ValueError) as error:
-        raise UsageError(
+        raise OptionError(
             f"lr_scheduler_type {schedule}, lr_scheduler_kwargs {options}: {error}"
         ) from error
 

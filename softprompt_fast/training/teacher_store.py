@@ -8,7 +8,7 @@ from typing import Any
 from ..base_model.output_head import OutputHead
 from ..losses.sketch import entries_kept
 from ..teacher.answers import SketchOptions
-from ..utils.errors import UsageError
+from ..utils.errors import OptionError
 from .arguments import SoftPromptTrainingArguments
 
 KEPT = {
@@ -42,14 +42,14 @@ def choose_store(
 ) -> TeacherStore:
     """top_k: None for the default. head: of the model; None where it is not known yet.
 
-    Raises UsageError if the store that is ``wanted`` is not exact for the objective.
+    Raises OptionError if the store that is ``wanted`` is not exact for the objective.
     """
     if not args.needs_teacher_states:
         why = f"objective {args.objective} needs nothing else"
         return TeacherStore(kind="answers", why=why)
     problem = sketch_problem(args, None if head is None else head.softcap)
     if wanted == "sketch" and problem is not None:
-        raise UsageError(
+        raise OptionError(
             f"teacher_store sketch cannot be used: {problem}. Use --teacher_store=hidden, which "
             "serves every objective and every head"
         )

@@ -6,8 +6,8 @@ import math
 from typing import Any
 
 
-class UsageError(ValueError):
-    """The command line or its config file is wrong; exit code 2."""
+class OptionError(ValueError):
+    """An option that is unknown, or cannot be used so; the command line exits with 2."""
 
 
 def check_at_least(options: Any, least: float, *names: str) -> None:

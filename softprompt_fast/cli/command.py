@@ -1,4 +1,4 @@
-"""One file for each command of ``softprompt-fast``; its ``COMMAND`` says what it takes and does."""
+"""What a command of ``softprompt-fast`` declares; each is one file in ``commands/``."""
 
 from __future__ import annotations
 

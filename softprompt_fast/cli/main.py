@@ -10,8 +10,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from .utils.console import closest, complain
-from .utils.errors import UsageError, is_out_of_memory
+from ..utils.console import closest, complain
+from ..utils.errors import OptionError, is_out_of_memory
 
 COMMANDS = {
     "synthesize": "have the model write queries about a context, and answer them",
@@ -54,14 +54,14 @@ def main(arguments: list[str] | None = None) -> int:
             return 0 if arguments else 2
         if arguments[0] not in COMMANDS:
             hint = closest(arguments[0], COMMANDS)
-            raise UsageError(f"unknown command {arguments[0]!r}{hint}")
+            raise OptionError(f"unknown command {arguments[0]!r}{hint}")
         # Not above: this takes seconds, and Ctrl-C is to end them like all others.
-        from .flags import run_command
+        from .parser import run_command
 
         return run_command(arguments[0], arguments[1:], given)
     except KeyboardInterrupt:
         return 130
-    except UsageError as error:
+    except OptionError as error:
         complain(str(error))
         return 2
     except OSError as error:

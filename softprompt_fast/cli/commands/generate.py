@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 
-from ..data.queries import tokenize_query
-from ..student.model import SoftPromptModel
-from ..training.run_directory import read_run
-from . import Argument, Command, Invocation
-from .saved_prompt import PromptOptions, load_prompt, recorded_inputs, tell_answer
+from ...data.queries import tokenize_query
+from ...student.model import SoftPromptModel
+from ...training.run_directory import read_run
+from ..command import Argument, Command, Invocation
+from ..saved_prompt import PromptOptions, load_prompt, recorded_inputs, tell_answer
 
 
 def answer_question(options: PromptOptions, invocation: Invocation) -> int:

@@ -6,17 +6,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ..data.records import Record, read_jsonl
-from ..export.export import export_peft, export_safetensors, export_vllm
-from ..export.usage import Usage
-from ..student.model import SoftPromptModel
-from ..student.soft_prompt import SoftPrompt
-from ..training.run_directory import read_run
-from ..utils.console import say
-from ..utils.errors import UsageError
-from ..utils.files import new_directory, write_bytes
-from . import Argument, Command, Invocation
-from .saved_prompt import PromptOptions, load_prompt, recorded_inputs
+from ...data.records import Record, read_jsonl
+from ...export.export import export_peft, export_safetensors, export_vllm
+from ...export.usage import Usage
+from ...student.model import SoftPromptModel
+from ...student.soft_prompt import SoftPrompt
+from ...training.run_directory import read_run
+from ...utils.console import say
+from ...utils.errors import OptionError
+from ...utils.files import new_directory, write_bytes
+from ..command import Argument, Command, Invocation
+from ..saved_prompt import PromptOptions, load_prompt, recorded_inputs
 
 README_FILE = "README.md"
 SHOWN_FILES = 4
@@ -50,11 +50,11 @@ def export_prompt(options: ExportOptions, invocation: Invocation) -> int:
 
 
 def _records(options: ExportOptions, question: str | None) -> list[Record]:
-    """The queries to make requests of; raises UsageError where they make no sense."""
+    """The queries to make requests of; raises OptionError where they make no sense."""
     if options.to != "vllm" and (question is not None or options.query_file is not None):
-        raise UsageError(f"queries go with --to vllm only: {options.to} is for any query")
+        raise OptionError(f"queries go with --to vllm only: {options.to} is for any query")
     if question is not None and options.query_file is not None:
-        raise UsageError("give a question or --query_file, not both")
+        raise OptionError("give a question or --query_file, not both")
     if options.query_file is not None:
         return read_jsonl(options.query_file)
     if question is None:

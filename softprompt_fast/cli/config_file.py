@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
-from .utils.console import closest
-from .utils.errors import UsageError
-from .utils.files import read_utf8
+from ..utils.console import closest
+from ..utils.errors import OptionError
+from ..utils.files import read_utf8
 
 PATH_OPTIONS = (
     *("context_file", "train_file", "eval_file", "output_dir", "prompt_dir", "query_file"),
@@ -29,14 +29,14 @@ def config_arguments(path: str, names: Sequence[str]) -> list[str]:
     paths start at the file's own directory; ``model`` does too if it begins with a dot or a
     directory is found there, and is a Hub id otherwise. A null leaves the default.
 
-    Raises UsageError naming ``file:line:column`` and the key; OSError if the file cannot be read.
+    Raises OptionError naming ``file:line:column`` and the key; OSError if the file cannot be read.
     """
     arguments: list[str] = []
     seen = set()
     for node, value_node in _mapping(path).value:
         key = _key(path, node)
         if key not in names:
-            raise UsageError(f"{path}: unknown key {key!r}{closest(key, names)}")
+            raise OptionError(f"{path}: unknown key {key!r}{closest(key, names)}")
         if key in seen:
             raise _bad(path, node, f"key {key!r} twice")
         seen.add(key)
@@ -92,16 +92,16 @@ def _mapping(path: str) -> yaml.MappingNode:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
-        raise UsageError(f"{path}{place}: bad YAML: {error.problem}") from error
+        raise OptionError(f"{path}{place}: bad YAML: {error.problem}") from error
     except (yaml.YAMLError, RecursionError) as error:
-        raise UsageError(f"{path}: bad YAML: {error}") from error
+        raise OptionError(f"{path}: bad YAML: {error}") from error
     except ValueError as error:
-        raise UsageError(str(error)) from error
+        raise OptionError(str(error)) from error
     if not isinstance(node, yaml.MappingNode):
-        raise UsageError(f'{path}: a config file holds lines of "name: value"')
+        raise OptionError(f'{path}: a config file holds lines of "name: value"')
     return node
 
 
-def _bad(path: str, node: yaml.Node, problem: str) -> UsageError:
+def _bad(path: str, node: yaml.Node, problem: str) -> OptionError:
     mark = node.start_mark
-    return UsageError(f"{path}:{mark.line + 1}:{mark.column + 1}: bad YAML: {problem}")
+    return OptionError(f"{path}:{mark.line + 1}:{mark.column + 1}: bad YAML: {problem}")

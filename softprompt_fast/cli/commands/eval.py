@@ -9,18 +9,18 @@ from typing import Any
 
 from rich.console import Console
 
-from ..data.records import read_jsonl, read_text
-from ..evaluation.evaluate import evaluate
-from ..evaluation.report.page import page
-from ..evaluation.report.plots import pictures
-from ..evaluation.report.tables import side_by_side, table
-from ..teacher.examples import check_contexts
-from ..training.run_directory import EVALUATION_FILE, facts_of_run, read_run
-from ..utils.console import progress, say
-from ..utils.errors import check_at_least
-from ..utils.files import write_bytes, write_json
-from . import Command, Invocation
-from .saved_prompt import PromptOptions, load_prompt, recorded_inputs
+from ...data.records import read_jsonl, read_text
+from ...evaluation.evaluate import evaluate
+from ...evaluation.report.page import page
+from ...evaluation.report.plots import pictures
+from ...evaluation.report.tables import side_by_side, table
+from ...teacher.examples import check_contexts
+from ...training.run_directory import EVALUATION_FILE, facts_of_run, read_run
+from ...utils.console import progress, say
+from ...utils.errors import check_at_least
+from ...utils.files import write_bytes, write_json
+from ..command import Command, Invocation
+from ..saved_prompt import PromptOptions, load_prompt, recorded_inputs
 
 
 @dataclass(kw_only=True)

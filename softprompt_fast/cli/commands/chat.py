@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..data.queries import Query, tokenize_query
-from ..data.records import MAX_LINE_BYTES
-from ..student.model import SoftPromptModel
-from ..training.run_directory import read_run
-from ..utils.console import complain, progress, say
-from . import Command, Invocation
-from .saved_prompt import PromptOptions, load_prompt, recorded_inputs, tell_answer
+from ...data.queries import Query, tokenize_query
+from ...data.records import MAX_LINE_BYTES
+from ...student.model import SoftPromptModel
+from ...training.run_directory import read_run
+from ...utils.console import complain, progress, say
+from ..command import Command, Invocation
+from ..saved_prompt import PromptOptions, load_prompt, recorded_inputs, tell_answer
 
 QUIT, RESET = "/quit", "/reset"
 

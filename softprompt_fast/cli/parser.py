@@ -10,12 +10,12 @@ from typing import Any, NoReturn
 from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
-from .commands import Command, Invocation
+from ..training.arguments import SoftPromptTrainingArguments
+from ..training.signals import StopOnSignal
+from ..utils.console import closest
+from ..utils.errors import OptionError
+from .command import Command, Invocation
 from .config_file import PATH_OPTIONS, config_arguments
-from .training.arguments import SoftPromptTrainingArguments
-from .training.signals import StopOnSignal
-from .utils.console import closest
-from .utils.errors import UsageError
 
 TEXT_OPTIONS = ("question", "prompt_tuning_init_text")
 
@@ -23,7 +23,7 @@ TEXT_OPTIONS = ("question", "prompt_tuning_init_text")
 def run_command(name: str, arguments: list[str], given: dict[str, Any]) -> int:
     """The exit code. ``given`` gets the values of all options, for messages.
 
-    Raises UsageError where the arguments are wrong.
+    Raises OptionError where the arguments are wrong.
     """
     transformers_logging.set_verbosity_error()
     # The older name of an argument: the one that every version we support takes.
@@ -52,14 +52,14 @@ def run_command(name: str, arguments: list[str], given: dict[str, Any]) -> int:
 
 def _finish_training_arguments(values: dict[str, Any]) -> None:
     if not values["output_dir"]:
-        raise UsageError("the following arguments are required: --output_dir")
+        raise OptionError("the following arguments are required: --output_dir")
     # Left open, it would follow the verbosity, which is low here for the sake of a clean screen.
     values["disable_tqdm"] = bool(values["disable_tqdm"])
 
 
 class Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}. See {self.prog} --help")
+        raise OptionError(f"{message}. See {self.prog} --help")
 
 
 def _parser(name: str, command: Command) -> Parser:
@@ -100,7 +100,7 @@ def _parse(
         flag = argument.partition("=")[0]
         if flag.startswith("--") and flag not in parser._option_string_actions:
             known = [name for name in parser._option_string_actions if "-" not in name[2:]]
-            raise UsageError(f"unknown flag {flag!r}{closest(flag.replace('-', '_'), known)}")
+            raise OptionError(f"unknown flag {flag!r}{closest(flag.replace('-', '_'), known)}")
         if flag.startswith("--"):
             typed.add(parser._option_string_actions[flag].dest)
     values = vars(parser.parse_args(arguments))
@@ -115,7 +115,7 @@ def _parse(
 
 def _check_not_empty(name: str, value: str | None) -> None:
     if value == "":
-        raise UsageError(f"--{name} is empty: give a path, or leave it out")
+        raise OptionError(f"--{name} is empty: give a path, or leave it out")
 
 
 def _check_utf8(name: str, value: str | None) -> None:
@@ -123,11 +123,11 @@ def _check_utf8(name: str, value: str | None) -> None:
     try:
         (value or "").encode()
     except UnicodeEncodeError as error:
-        raise UsageError(f"{name} is not UTF-8: see character {error.start}") from None
+        raise OptionError(f"{name} is not UTF-8: see character {error.start}") from None
 
 
 def _build(parser: Parser, values: dict[str, Any]) -> tuple[Any, ...]:
     try:
         return parser.parse_dict(values)
     except (ValueError, RuntimeError, ImportError) as error:  # as each check sees fit
-        raise UsageError(str(error)) from error
+        raise OptionError(str(error)) from error

@@ -7,9 +7,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from ..student.soft_prompt import SoftPrompt
-from ..training.checkpoints import last_good_checkpoint
-from ..training.diagnosis import (
+from ...student.soft_prompt import SoftPrompt
+from ...training.checkpoints import last_good_checkpoint
+from ...training.diagnosis import (
     MIN_STEPS,
     Finding,
     diagnose,
@@ -17,11 +17,11 @@ from ..training.diagnosis import (
     recovered,
     steps_after_warmup,
 )
-from ..training.log import TRAINING_LOG_FILE, TrainingLog
-from ..training.run_directory import EVALUATION_FILE, RUN_FILE, read_run
-from ..utils.console import one_line, say
-from ..utils.files import read_json
-from . import Argument, Command, Invocation
+from ...training.log import TRAINING_LOG_FILE, TrainingLog
+from ...training.run_directory import EVALUATION_FILE, RUN_FILE, read_run
+from ...utils.console import one_line, say
+from ...utils.files import read_json
+from ..command import Argument, Command, Invocation
 
 
 def examine(invocation: Invocation) -> int:

@@ -6,16 +6,16 @@ import atexit
 
 import torch
 
-from ..student.model import SoftPromptModel
-from ..student.soft_prompt import SoftPrompt, SoftPromptConfig
-from ..teacher.cache import TeacherCache
-from ..training.arguments import SoftPromptTrainingArguments, TrainOptions
-from ..training.lr_finder import find_lr
-from ..training.preflight import check_arguments, check_data
-from ..training.run import train_prompt
-from ..training.setup import load, open_directory, read_data, teach
-from ..utils.console import say
-from . import Command, Invocation
+from ...student.model import SoftPromptModel
+from ...student.soft_prompt import SoftPrompt, SoftPromptConfig
+from ...teacher.cache import TeacherCache
+from ...training.arguments import SoftPromptTrainingArguments, TrainOptions
+from ...training.lr_finder import find_lr
+from ...training.preflight import check_arguments, check_data
+from ...training.run import train_prompt
+from ...training.setup import load, open_directory, read_data, teach
+from ...utils.console import say
+from ..command import Command, Invocation
 
 
 def train(

@@ -9,16 +9,16 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..base_model.decoding import Sampling
-from ..base_model.loading import check_dtype, load_model
-from ..data.queries import text_ids
-from ..data.records import read_text
-from ..synthesis.chunks import cut_into_chunks
-from ..synthesis.directory import HELDOUT_FILE, TRAIN_FILE, SynthesisDirectory
-from ..synthesis.filters import hold_out
-from ..synthesis.kinds import KINDS
-from ..synthesis.plan import Plan
-from ..synthesis.writer import (
+from ...base_model.decoding import Sampling
+from ...base_model.loading import check_dtype, load_model
+from ...data.queries import text_ids
+from ...data.records import read_text
+from ...synthesis.chunks import cut_into_chunks
+from ...synthesis.directory import HELDOUT_FILE, TRAIN_FILE, SynthesisDirectory
+from ...synthesis.filters import hold_out
+from ...synthesis.kinds import KINDS
+from ...synthesis.plan import Plan
+from ...synthesis.writer import (
     Writer,
     answer_queries,
     check_context_fits,
@@ -27,11 +27,11 @@ from ..synthesis.writer import (
     tokenize_queries,
     write_queries,
 )
-from ..teacher.facts import teacher_facts
-from ..teacher.teacher import Teacher
-from ..utils.console import closest, progress, say
-from ..utils.errors import check_at_least
-from . import Command, Invocation
+from ...teacher.facts import teacher_facts
+from ...teacher.teacher import Teacher
+from ...utils.console import closest, progress, say
+from ...utils.errors import check_at_least
+from ..command import Command, Invocation
 
 # Where things lie; and what changes nothing that is written.
 FREE_OPTIONS = frozenset(["output_dir", "context_file", "trust_remote_code"])

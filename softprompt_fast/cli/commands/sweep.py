@@ -19,10 +19,10 @@ from typing import Any
 
 from rich.console import Console
 
-from ..student.soft_prompt import SoftPromptConfig
-from ..sweep.curve import SWEPT
-from ..sweep.plot import curve_picture
-from ..sweep.runs import (
+from ...student.soft_prompt import SoftPromptConfig
+from ...sweep.curve import SWEPT
+from ...sweep.plot import curve_picture
+from ...sweep.runs import (
     CACHE_DIRECTORY,
     CURVE_FILE,
     PICTURE_FILE,
@@ -30,14 +30,14 @@ from ..sweep.runs import (
     open_run,
     write_curve,
 )
-from ..sweep.table import curve_table
-from ..training.arguments import SoftPromptTrainingArguments, TrainOptions
-from ..training.preflight import check_arguments, check_data
-from ..training.setup import read_data
-from ..utils.console import say
-from ..utils.errors import UsageError
-from ..utils.files import check_free, leftovers, locked, make_writable, write_bytes
-from . import Command, Invocation
+from ...sweep.table import curve_table
+from ...training.arguments import SoftPromptTrainingArguments, TrainOptions
+from ...training.preflight import check_arguments, check_data
+from ...training.setup import read_data
+from ...utils.console import say
+from ...utils.errors import OptionError
+from ...utils.files import check_free, leftovers, locked, make_writable, write_bytes
+from ..command import Command, Invocation
 
 LOCK_FILE = ".sweep.lock"
 RUN_NAME = re.compile(r".+_P\d+")
@@ -46,20 +46,20 @@ RUN_NAME = re.compile(r".+_P\d+")
 def runs_of(values: dict[str, Any]) -> list[dict[str, Any]]:
     """The flags of each run, by length and then by objective."""
     if values["eval_file"] is None:
-        raise UsageError(
+        raise OptionError(
             "a sweep is measured on held-out queries: pass --eval_file, a JSON Lines file of them"
         )
     if values["resume_from_checkpoint"] is not None:
-        raise UsageError(
+        raise OptionError(
             "resume_from_checkpoint is of one run, and a sweep has several: leave it out, and each "
             "goes on from its own last checkpoint"
         )
     if values["find_lr"]:
-        raise UsageError("find_lr is of one run: call softprompt-fast train --find_lr")
+        raise OptionError("find_lr is of one run: call softprompt-fast train --find_lr")
     for name in SWEPT:
         value, count = Counter(values[name]).most_common(1)[0]
         if count > 1:
-            raise UsageError(f"{name} holds {value} {count} times: give each value once")
+            raise OptionError(f"{name} holds {value} {count} times: give each value once")
     return [
         {
             **values,
@@ -81,7 +81,7 @@ def sweep(
     """
     options, _, args, invocation = calls[0]
     if args.world_size > 1:
-        raise UsageError(
+        raise OptionError(
             f"sweep runs in one process: got {args.world_size}. Start it without a launcher"
         )
     for call in calls:

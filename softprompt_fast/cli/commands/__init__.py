@@ -1,0 +1,1 @@
+"""One file for each command of ``softprompt-fast``; its ``COMMAND`` says what it takes and does."""
