@@ -1,6 +1,5 @@
 """Where a loss is computed: one engine a backend, behind one ``Problem``."""
 
-from .problem import Problem
 from .registry import ENGINES, available, build_info, interpreted, resolve
 
-__all__ = ["ENGINES", "Problem", "available", "build_info", "interpreted", "resolve"]
+__all__ = ["ENGINES", "available", "build_info", "interpreted", "resolve"]

@@ -7,13 +7,14 @@ the logits of a chunk of rows are kept, or those of some blocks; the others are 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .problem import Problem, check_workspace
+from .problem import NO_TARGET, NO_TEACHER, Problem, check_workspace
 
 # A panel of rows is work for so many threads; with work for twice as many, few of them wait.
 THREADS_PER_PANEL = 8
@@ -29,27 +30,31 @@ COMFORT_MIB = 16
 
 def token_loss(problem: Problem) -> tuple[Tensor, Tensor]:
     """loss [T] fp32, dhidden [T, D] fp32 (empty without gradient)."""
-    hidden = problem.hidden.contiguous()
+    problem = problem.contiguous()
+    hidden, head, transform = problem.hidden, problem.head, problem.head.transform
+    target = problem.target or NO_TARGET
+    teacher = problem.teacher or NO_TEACHER
+    teacher_weight, teacher_bias, _ = teacher.head or (None, None, None)
     tokens, width = hidden.shape
     loss = hidden.new_empty(tokens, dtype=torch.float32)
     dhidden = hidden.new_empty((tokens if problem.with_grad else 0, width), dtype=torch.float32)
     rows, stored, threads, floats = plan(problem)
-    torch.ops.softprompt_fast_C.token_loss_(
+    _engine().token_loss_(
         hidden,
-        problem.weight.contiguous(),
-        _contiguous(problem.bias),
-        _contiguous(problem.targets),
-        problem.label_smoothing,
-        _contiguous(problem.more_targets),
-        _contiguous(problem.masses),
-        _contiguous(problem.teacher),
-        _contiguous(problem.teacher_weight),
-        _contiguous(problem.teacher_bias),
-        problem.beta,
+        head.weight,
+        head.bias,
+        target.ids,
+        target.smoothing,
+        target.more,
+        target.masses,
+        teacher.hidden,
+        teacher_weight,
+        teacher_bias,
+        teacher.beta,
         problem.alpha,
-        problem.transform.softcap or 0.0,
-        problem.transform.logit_scale,
-        problem.transform.temperature,
+        transform.softcap or 0.0,
+        transform.logit_scale,
+        transform.temperature,
         rows,
         stored,
         threads,
@@ -58,10 +63,6 @@ def token_loss(problem: Problem) -> tuple[Tensor, Tensor]:
         hidden.new_empty(floats, dtype=torch.float32),
     )
     return loss, dhidden
-
-
-def _contiguous(value: Tensor | None) -> Tensor | None:
-    return None if value is None else value.contiguous()
 
 
 class Plan(NamedTuple):
@@ -74,35 +75,59 @@ class Plan(NamedTuple):
 
 
 def plan(problem: Problem) -> Plan:
-    """The fastest within the comfort; if that does not hold the fewest rows, those.
+    """The fastest plan within the comfort; where not even the fewest rows fit it, those.
 
-    The comfort grows neither with the tokens nor with the vocabulary, so that memory does not
-    either. Beyond two threads' it is no more than one stream of logits [T, V] would take.
+    Fewer threads than there are, and fewer rows than give all of them work, are for a workspace
+    that holds no more.
     """
-    engine = torch.ops.softprompt_fast_C
-    panel, vector = engine.panel_rows(), engine.vector_rows()
-    tokens, vocabulary = problem.hidden.shape[0], problem.weight.shape[0]
-    needed = max(1, -(-tokens // vector)) * vector
-    whole, share, logits = problem.workspace_mib * 2**18, COMFORT_MIB * 2**18, tokens * vocabulary
-    threads = torch.get_num_threads()
-    while True:
-        comfort = min(whole, max(whole / 8, 2 * share, min(threads * share, logits)))
-        busy = -(-threads // THREADS_PER_PANEL)  # panels that give all threads work
-        most = max(MAX_ROWS, -(-2 * threads // THREADS_PER_PANEL) * panel)
-        for fewest in ((busy - 1) * panel + vector, vector):
-            choices = range(min(fewest, needed), min(most, needed) + 1, vector)
+    whole = problem.workspace_mib * 2**18
+    for threads in _halvings(torch.get_num_threads()):
+        for fewest in _fewest_rows(threads):
+            choices = _choices_of_rows(problem, fewest, threads)
             least = _workspace_floats(problem, choices[0], 0, threads)
             if least <= whole:
-                plans = (_within(problem, max(comfort, least), rows, threads) for rows in choices)
+                limit = max(_comfort(problem, threads), least)
+                plans = [_with_most_stored(problem, rows, threads, limit) for rows in choices]
                 return min(filter(None, plans), key=partial(_cost, problem))
-        if threads == 1:
-            check_workspace(4 * least, problem.workspace_mib, f"a chunk of {fewest} rows")
+    check_workspace(4 * least, problem.workspace_mib, f"a chunk of {fewest} rows")
+    raise AssertionError("what exceeds the workspace has been refused")
+
+
+def _halvings(threads: int) -> Iterator[int]:
+    while threads > 1:
+        yield threads
         threads = -(-threads // 2)
+    yield 1
 
 
-def _within(problem: Problem, limit: float, rows: int, threads: int) -> Plan | None:
-    """The plan with most stored."""
-    several_sweeps = problem.teacher is not None or (problem.with_grad and problem.label_smoothing)
+def _fewest_rows(threads: int) -> tuple[int, int]:
+    """Of a chunk: so many that all threads have work, or one vector of rows."""
+    panel, vector = _engine().panel_rows(), _engine().vector_rows()
+    busy_panels = -(-threads // THREADS_PER_PANEL)
+    return (busy_panels - 1) * panel + vector, vector
+
+
+def _choices_of_rows(problem: Problem, fewest: int, threads: int) -> range:
+    panel, vector = _engine().panel_rows(), _engine().vector_rows()
+    needed = max(1, -(-len(problem.hidden) // vector)) * vector
+    most = max(MAX_ROWS, -(-2 * threads // THREADS_PER_PANEL) * panel)
+    return range(min(fewest, needed), min(most, needed) + 1, vector)
+
+
+def _comfort(problem: Problem, threads: int) -> float:
+    """The fp32 numbers beyond which more would only be faster.
+
+    They grow neither with the tokens nor with the vocabulary, so that memory does not either.
+    Beyond two threads' share they are no more than one stream of logits [T, V] would take.
+    """
+    whole, share = problem.workspace_mib * 2**18, COMFORT_MIB * 2**18
+    logits = len(problem.hidden) * len(problem.head.weight)
+    return min(whole, max(whole / 8, 2 * share, min(threads * share, logits)))
+
+
+def _with_most_stored(problem: Problem, rows: int, threads: int, limit: float) -> Plan | None:
+    smoothing = problem.target is not None and problem.target.smoothing
+    several_sweeps = problem.teacher is not None or (problem.with_grad and smoothing)
     for stored in range(ALL_STORED if several_sweeps else 0, -1, -1):
         floats = _workspace_floats(problem, rows, stored, threads)
         if floats <= limit:
@@ -112,20 +137,25 @@ def _within(problem: Problem, limit: float, rows: int, threads: int) -> Plan | N
 
 def _cost(problem: Problem, plan: Plan) -> float:
     """The time, in products of one token with a head."""
-    tokens, streams = problem.hidden.shape[0], len(problem.heads)
+    tokens, streams = len(problem.hidden), len(problem.streams)
     products = 1 + streams * (2 - plan.stored / ALL_STORED)
     return products * (tokens + ROWS_OF_A_HEAD * plan.threads * -(-tokens // plan.rows))
 
 
 def _workspace_floats(problem: Problem, rows: int, stored: int, threads: int) -> int:
-    return torch.ops.softprompt_fast_C.workspace_floats(
+    floats: int = _engine().workspace_floats(
         problem.hidden.shape[0],
         rows,
         problem.hidden.shape[1],
-        0 if problem.teacher is None else problem.teacher.shape[1],
-        problem.weight.shape[0],
+        0 if problem.teacher is None else problem.teacher.hidden.shape[1],
+        problem.head.weight.shape[0],
         stored,
         problem.with_grad,
-        problem.weight.dtype != torch.float32,
+        problem.head.weight.dtype != torch.float32,
         threads,
     )
+    return floats
+
+
+def _engine() -> Any:
+    return torch.ops.softprompt_fast_C

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import cuda_rows, gpu_streaming
 from .matmul import gradient_dtype, project, project_back
-from .problem import Problem, check_workspace, round_up
+from .problem import NO_TARGET, Problem, check_workspace, round_up
 
 # Rows of logits start at multiples of this many entries: 16-byte accesses whatever V is.
 ALIGNMENT = 8
@@ -48,19 +48,19 @@ def token_loss(problem: Problem, row_kernels: ModuleType) -> tuple[Tensor, Tenso
     """
     problem = problem.contiguous()
     tokens, width = problem.hidden.shape
-    vocabulary = len(problem.weight)
+    vocabulary = len(problem.head.weight)
     needed = ROW_MULTIPLE * _row_bytes(problem)
     check_workspace(needed, problem.workspace_mib, f"a chunk of {ROW_MULTIPLE} rows")
     empty = problem.hidden.new_empty
     padded = round_up(tokens, ROW_MULTIPLE)
     loss = empty(padded, dtype=torch.float32)
     dhidden = empty((padded if problem.with_grad else 0, width), dtype=torch.float32)
-    dz_dtype = gradient_dtype(problem.weight)
+    dz_dtype = gradient_dtype(problem.head.weight)
     unscale = None
     if problem.with_grad and dz_dtype == torch.float16:
         unscale = empty(padded, dtype=torch.float32)
 
-    streams, stride = len(problem.heads), round_up(vocabulary, ALIGNMENT)
+    streams, stride = len(problem.streams), round_up(vocabulary, ALIGNMENT)
     chunk = min(rows_in_chunk(problem), padded)
     buffer = empty(streams * chunk * stride, dtype=torch.float32)
     for start in range(0, tokens, max(chunk, 1)):
@@ -74,7 +74,7 @@ def token_loss(problem: Problem, row_kernels: ModuleType) -> tuple[Tensor, Tenso
         factors = None if unscale is None else unscale[rows]
         _row_kernel(part, row_kernels, logits, loss[rows], dz, factors)
         if dz is not None:
-            project_back(dz, problem.weight, dhidden[rows])
+            project_back(dz, problem.head.weight, dhidden[rows])
     if unscale is not None:
         dhidden *= unscale.unsqueeze(-1)
     return loss[:tokens], dhidden[:tokens]
@@ -93,18 +93,18 @@ def fits(problem: Problem) -> bool:
 
 def _row_bytes(problem: Problem) -> int:
     """Of the logits, and of student and teacher side by side."""
-    streams, width = len(problem.heads), problem.hidden.shape[1]
-    logits = 4 * streams * round_up(len(problem.weight), ALIGNMENT)
-    return logits + (2 * width * problem.weight.itemsize if streams == 2 else 0)
+    weight, streams = problem.head.weight, len(problem.streams)
+    logits = 4 * streams * round_up(len(weight), ALIGNMENT)
+    return logits + (2 * weight.shape[1] * weight.itemsize if streams == 2 else 0)
 
 
 def _project(problem: Problem, logits: Tensor) -> None:
     """logits [streams, C, V], raw. The head is read once for both streams, where they share it."""
-    if problem.teacher is not None and problem.teacher_weight is None:
-        both = torch.cat((problem.hidden, problem.teacher))
-        return project(both, problem.weight, logits.flatten(0, 1))
-    for z, (hidden, weight, _) in zip(logits, problem.heads, strict=True):
-        project(hidden, weight, z)
+    if problem.teacher is not None and problem.teacher.head is None:
+        both = torch.cat((problem.hidden, problem.teacher.hidden))
+        return project(both, problem.head.weight, logits.flatten(0, 1))
+    for z, (hidden, head) in zip(logits, problem.streams, strict=True):
+        project(hidden, head.weight, z)
 
 
 def _row_kernel(
@@ -116,31 +116,26 @@ def _row_kernel(
     unscale: Tensor | None,
 ) -> None:
     """Fills loss [C], unscale [C] and, over logits[0], dz."""
+    target = problem.target or NO_TARGET
     options: dict[str, Any] = {
-        **problem.transform._asdict(),
+        **problem.head.transform._asdict(),
+        "targets": target.ids,
         "keep": problem.keep,
-        "bias": problem.bias,
-        "label_smoothing": problem.label_smoothing,
+        "bias": problem.head.bias,
+        "label_smoothing": target.smoothing,
         "unscale": unscale,
     }
     if problem.teacher is None:
-        kernels.sparse_target_rows_(
-            logits[0],
-            problem.targets,
-            loss,
-            dz,
-            more_targets=problem.more_targets,
-            masses=problem.masses,
-            **options,
-        )
+        more = {"more_targets": target.more, "masses": target.masses}
+        kernels.sparse_target_rows_(logits[0], loss=loss, dz=dz, **more, **options)
     else:
+        _, (_, teacher_head) = problem.streams
         kernels.divergence_rows_(
             *logits,
             loss,
             dz,
-            targets=problem.targets,
-            teacher_bias=problem.heads[1][2],
-            beta=problem.beta,
+            teacher_bias=teacher_head.bias,
+            beta=problem.teacher.beta,
             alpha=problem.alpha,
             **options,
         )

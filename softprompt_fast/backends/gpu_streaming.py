@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .matmul import gradient_dtype
-from .problem import Problem, check_workspace, round_up
+from .problem import NO_TARGET, NO_TEACHER, Problem, check_workspace, round_up
 
 # Terms that are summed before they are added to dh; strips are multiples of it.
 SUM = 2048
@@ -56,16 +56,16 @@ def plan_workspace(problem: Problem) -> Plan:
     from ..kernels import formulas
     from ..kernels import streaming as kernels
 
-    K, _ = formulas.entry_numbers(problem.more_targets)
+    K, _ = formulas.entry_numbers((problem.target or NO_TARGET).more)
     numbers = NUMBERS_PER_PART * kernels.PARTS.value + kernels.STATISTICS + 1 + K
-    column_bytes = gradient_dtype(problem.weight).itemsize if problem.with_grad else 0
+    column_bytes = gradient_dtype(problem.head.weight).itemsize if problem.with_grad else 0
     budget = problem.workspace_mib * 2**20
     row_bytes = 4 * numbers + SUM * column_bytes
     check_workspace(LEAST_ROWS * row_bytes, problem.workspace_mib, f"a chunk of {LEAST_ROWS} rows")
     rows = max(1, min(int(budget / row_bytes), len(problem.hidden)))
     if not problem.with_grad:
         return Plan(rows, 0)
-    widest = min(WIDEST_STRIP, round_up(len(problem.weight), SUM))
+    widest = min(WIDEST_STRIP, round_up(len(problem.head.weight), SUM))
     strip = int((budget / rows - 4 * numbers) / column_bytes) // SUM * SUM
     return Plan(rows, min(strip, widest))
 
@@ -78,54 +78,58 @@ class Sweeps:
 
         self.kernels = streaming
         self.problem = problem
-        self.T, self.V = len(problem.hidden), len(problem.weight)
-        self.scale, self.cap, self.slope = formulas.transform_numbers(*problem.transform)
-        self.label_smoothing = problem.label_smoothing or None
-        self.alpha = 0.0 if problem.teacher is None else problem.alpha
-        self.mixture = formulas.mixture_numbers(problem.beta)
-        self.divergence = formulas.divergence_of(problem.beta)
-        dtype = problem.weight.dtype
+        self.T, self.V = len(problem.hidden), len(problem.head.weight)
+        self.target = problem.target or NO_TARGET
+        streams = [(hidden, head.weight, head.bias) for hidden, head in problem.streams]
+        self.student, self.teacher = (*streams, (None, None, None))[:2]
+        self.D_t = 0 if problem.teacher is None else problem.teacher.hidden.shape[1]
+        self.scale, self.cap, self.slope = formulas.transform_numbers(*problem.head.transform)
+        self.label_smoothing = self.target.smoothing or None
+        self.alpha = problem.alpha
+        beta = (problem.teacher or NO_TEACHER).beta
+        self.mixture = formulas.mixture_numbers(beta)
+        self.divergence = formulas.divergence_of(beta)
+        dtype = problem.head.weight.dtype
         self.tiles = streaming.tiles(dtype)
         self.divergence_tiles = streaming.tiles(dtype, self.divergence)
-        self.dz_dtype = gradient_dtype(problem.weight)
+        self.dz_dtype = gradient_dtype(problem.head.weight)
         self.product_tiles = streaming.tiles(self.dz_dtype)
         parts, columns = streaming.PARTS.value, self.tiles["COLUMNS"]
         self.part_length = round_up(self.V, parts * columns) // parts
         self.statistics = self._numbers(streaming.STATISTICS)
-        self.K, self.entries = formulas.entry_numbers(problem.more_targets)
+        self.K, self.entries = formulas.entry_numbers(self.target.more)
         self.z_more = None
-        if problem.more_targets is not None:
+        if self.target.more is not None:
             self.z_more = problem.hidden.new_empty(self.T, self.K, dtype=torch.float32)
 
     def softmax(self) -> None:
         """The softmax of every stream, and the student's peak: a sweep for each."""
         p = self.problem
-        student, teacher = p.heads[0], p.heads[1] if p.teacher is not None else (None, None, None)
         part = self._parts
         parts: dict[str, Tensor | None] = {"tops": part(), "totals": part()}
-        parts["others"] = None if p.targets is None else part()
+        parts["others"] = None if self.target.ids is None else part()
         parts["sums_z"] = None if self.label_smoothing is None else part()
         parts["peaks"] = None if p.teacher is None else part(torch.int32)
-        parts["z_targets"] = None if p.targets is None else self._numbers()
-        self._softmax_of(student, p.targets, parts)
+        parts["z_targets"] = None if self.target.ids is None else self._numbers()
+        self._softmax_of(self.student, self.target.ids, parts)
         if self.K:
             self._entries_()
         parts_p = dict.fromkeys(parts)
         if p.teacher is not None:
             parts_p.update(tops=part(), totals=part())
-            self._softmax_of(teacher, None, parts_p)
+            self._softmax_of(self.teacher, None, parts_p)
         self.kernels.finish_kernel[(self.T,)](
             self.statistics,
             *parts.values(),
-            p.targets,
-            p.masses,
+            self.target.ids,
+            self.target.masses,
             self.z_more,
             parts_p["tops"],
             parts_p["totals"],
-            *teacher,
+            *self.teacher,
             self.T,
             self.V,
-            0 if p.teacher is None else p.teacher.shape[1],
+            self.D_t,
             self.K,
             self.label_smoothing,
             self.scale,
@@ -160,14 +164,14 @@ class Sweeps:
             sums = [self._parts() for _ in range(3)]
             tiles = self.divergence_tiles
             self.kernels.measure_kernel[self._parts_grid(tiles)](
-                *p.heads[0],
-                *p.heads[1],
+                *self.student,
+                *self.teacher,
                 self.statistics,
                 *sums,
                 self.T,
                 self.V,
                 p.hidden.shape[1],
-                p.teacher.shape[1],
+                self.D_t,
                 self.part_length,
                 *self.mixture,
                 self.scale,
@@ -178,7 +182,7 @@ class Sweeps:
         self.kernels.finish_sums_kernel[(self.T,)](
             self.statistics,
             *sums,
-            p.targets,
+            self.target.ids,
             p.keep,
             loss,
             self.T,
@@ -193,15 +197,14 @@ class Sweeps:
         """dh, from one strip of dz after another."""
         p = self.problem
         width, tiles = p.hidden.shape[1], self.divergence_tiles
-        teacher = (None, None, None) if p.teacher is None else p.heads[1]
         dz = p.hidden.new_empty(self.T, strip, dtype=self.dz_dtype)
         for first in range(0, self.V, strip):
             columns = min(strip, self.V - first)
             self.kernels.gradient_kernel[self._grid(tiles, columns)](
-                *p.heads[0],
-                *teacher,
+                *self.student,
+                *self.teacher,
                 self.statistics,
-                p.targets,
+                self.target.ids,
                 p.keep,
                 dz,
                 first,
@@ -209,7 +212,7 @@ class Sweeps:
                 self.T,
                 self.V,
                 width,
-                0 if p.teacher is None else p.teacher.shape[1],
+                self.D_t,
                 self.label_smoothing,
                 *self.mixture,
                 self.alpha,
@@ -225,7 +228,7 @@ class Sweeps:
             product = self.product_tiles
             self.kernels.accumulate_kernel[self._grid(product, width)](
                 dz,
-                p.weight,
+                p.head.weight,
                 self.statistics,
                 dhidden,
                 first,
@@ -242,9 +245,9 @@ class Sweeps:
         """Fills z_more [R, K]: the logits of more_targets."""
         p, together = self.problem, self.kernels.ENTRIES_TOGETHER
         self.kernels.entries_kernel[(self.T, -(-self.K // together))](
-            *p.heads[0],
-            p.more_targets,
-            p.masses,
+            *self.student,
+            self.target.more,
+            self.target.masses,
             self.z_more,
             self.V,
             p.hidden.shape[1],
@@ -261,8 +264,8 @@ class Sweeps:
         p = self.problem
         self.kernels.masses_kernel[(self.T,)](
             self.statistics,
-            p.more_targets,
-            p.masses,
+            self.target.more,
+            self.target.masses,
             self.z_more,
             p.keep,
             dz,

@@ -118,6 +118,11 @@ def tensor(name: str, value: Any) -> None:
     if value.is_nested or value.layout != torch.strided:
         layout = "nested" if value.is_nested else str(value.layout)
         raise TypeError(f"{name} must be a dense tensor: got a {layout} one. Pad it or unpack it.")
+    no_tangent(name, value)
+
+
+def no_tangent(name: str, value: Tensor) -> None:
+    """Forward-mode derivatives would be lost in silence."""
     if forward_ad.unpack_dual(value).tangent is not None:
         raise RuntimeError(
             f"softprompt_fast losses have no forward-mode derivative: {name} carries a tangent. "

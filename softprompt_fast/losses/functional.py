@@ -18,7 +18,10 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from . import checks, op, sketch_checks
+from ..backends.formulas import LogitTransform
+from ..backends.problem import Head, HiddenTeacher, Problem, SparseTarget
+from . import checks, sketch_checks
+from .op import token_loss
 from .options import LossOptions, check_options, reduce_tokens
 from .sketch import TeacherSketch, sparse_target
 
@@ -38,9 +41,10 @@ def linear_nll(
     """
     check_options(label_smoothing=label_smoothing, **options)
     checks.labels("targets", targets, hidden)
-    return _loss(
-        hidden, weight, LossOptions(**options), targets=targets, label_smoothing=label_smoothing
-    )
+    own = LossOptions(**options)
+    problem = _problem(hidden, weight, own, counted=targets)
+    problem = problem._replace(target=SparseTarget(targets, smoothing=label_smoothing))
+    return _solved(problem, hidden, own)
 
 
 def linear_kl(
@@ -69,17 +73,11 @@ def linear_kl(
     check_options(beta=beta, **options)
     if labels is not None:
         checks.labels("labels", labels, hidden)
-    return _loss(
-        hidden,
-        weight,
-        LossOptions(**options),
-        labels=labels,
-        teacher=teacher,
-        teacher_weight=teacher_weight,
-        teacher_bias=teacher_bias,
-        beta=beta,
-        alpha=1.0,
-    )
+    own = LossOptions(**options)
+    problem = _problem(hidden, weight, own, counted=labels)
+    head = (teacher_weight, teacher_bias)
+    problem = _taught(problem, hidden, own, teacher, head, beta=beta, alpha=1.0)
+    return _solved(problem, hidden, own)
 
 
 def linear_distill(
@@ -101,79 +99,60 @@ def linear_distill(
     """
     check_options(alpha=alpha, beta=beta, label_smoothing=label_smoothing, **options)
     checks.labels("targets", targets, hidden)
-    return _loss(
-        hidden,
-        weight,
-        LossOptions(**options),
-        targets=targets,
-        label_smoothing=label_smoothing,
-        teacher=teacher,
-        teacher_weight=teacher_weight,
-        teacher_bias=teacher_bias,
-        beta=beta,
-        alpha=alpha,
-    )
+    own = LossOptions(**options)
+    problem = _problem(hidden, weight, own, counted=targets)
+    problem = problem._replace(target=SparseTarget(targets, smoothing=label_smoothing))
+    head = (teacher_weight, teacher_bias)
+    problem = _taught(problem, hidden, own, teacher, head, beta=beta, alpha=alpha)
+    return _solved(problem, hidden, own)
 
 
-def _loss(
-    hidden: Tensor,
-    weight: Tensor,
-    options: LossOptions,
-    *,
-    targets: Tensor | None = None,
-    labels: Tensor | None = None,
-    label_smoothing: float = 0.0,
-    teacher: Any = None,
-    teacher_weight: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
-    beta: float = 0.0,
-    alpha: float | None = None,
-) -> Tensor:
-    """Check, flatten to [T, D], run the op, reduce. ``alpha`` None: there is no teacher."""
+def _problem(
+    hidden: Tensor, weight: Tensor, options: LossOptions, counted: Tensor | None
+) -> Problem:
+    """Student and head, flattened to [T, D]; ``counted`` holds the labels that say what counts."""
     checks.head(hidden, weight, options.bias)
     checks.factors("token_weight", options.token_weight, "token", hidden.shape[:-1], hidden)
-    counted = targets if targets is not None else labels
-    keep = None if counted is None else counted != options.ignore_index
-
-    more_targets = masses = moment = constant = None
-    if isinstance(teacher, TeacherSketch):
-        sketch_checks.fits_loss(teacher, hidden, weight, teacher_weight, beta, options)
-        if alpha:
-            sketch = teacher.map(lambda value: value.reshape(-1, *value.shape[hidden.dim() - 1 :]))
-            moment, constant = sketch.moment, sketch.constant
-            targets, more_targets, masses, label_smoothing = sparse_target(
-                sketch, None if targets is None else targets.flatten(), alpha, label_smoothing
-            )
-        teacher = None
-    elif alpha is not None:
-        checks.teacher(hidden, weight, teacher, teacher_weight, teacher_bias)
-
-    token_loss, _ = op.token_loss(
+    transform = LogitTransform(options.softcap, options.logit_scale, options.temperature)
+    return Problem(
         _rows(hidden).to(weight.dtype),
-        weight,
-        options.bias,
-        targets,
-        more_targets,
-        masses,
-        moment,
-        constant,
-        keep,
-        label_smoothing,
-        None if teacher is None else _rows(teacher).to(weight.dtype),
-        teacher_weight,
-        teacher_bias,
-        beta,
-        0.0 if alpha is None else alpha,
-        options.softcap,
-        options.logit_scale,
-        options.temperature,
-        torch.is_grad_enabled() and hidden.requires_grad,
-        backends.resolve(options.backend, hidden.device),
-        options.workspace_mib,
+        Head(weight, options.bias, transform),
+        keep=None if counted is None else counted != options.ignore_index,
+        with_grad=torch.is_grad_enabled() and hidden.requires_grad,
+        workspace_mib=options.workspace_mib,
     )
-    return reduce_tokens(
-        token_loss.view(hidden.shape[:-1]), keep, options.token_weight, options.reduction
-    )
+
+
+def _taught(
+    problem: Problem,
+    hidden: Tensor,
+    options: LossOptions,
+    teacher: Tensor | TeacherSketch,
+    teacher_head: tuple[Tensor | None, Tensor | None],
+    *,
+    beta: float,
+    alpha: float,
+) -> Problem:
+    """With a teacher beside its target, if it has one: hidden states stay a teacher, a sketch
+    becomes a part of the target."""
+    weight, bias = teacher_head
+    if isinstance(teacher, TeacherSketch):
+        sketch_checks.fits_loss(teacher, hidden, problem.head.weight, weight, beta, options)
+        if alpha == 0:
+            return problem
+        sketch = teacher.map(lambda value: value.reshape(-1, *value.shape[hidden.dim() - 1 :]))
+        return problem._replace(target=sparse_target(sketch, problem.target, alpha))
+    checks.teacher(hidden, problem.head.weight, teacher, weight, bias)
+    states = _rows(teacher).to(problem.hidden.dtype)
+    head = None if weight is None else Head(weight, bias, problem.head.transform)
+    return problem._replace(teacher=HiddenTeacher(states, head, beta), alpha=alpha)
+
+
+def _solved(problem: Problem, hidden: Tensor, options: LossOptions) -> Tensor:
+    """The loss of each token in the shape of ``hidden``, reduced."""
+    loss = token_loss(problem, backends.resolve(options.backend, hidden.device))
+    loss = loss.view(hidden.shape[:-1])
+    return reduce_tokens(loss, problem.keep, options.token_weight, options.reduction)
 
 
 def _rows(hidden: Tensor) -> Tensor:

@@ -18,14 +18,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..backends.formulas import LogitTransform
 from ..backends.matmul import project, project_back
-from ..backends.problem import check_workspace
+from ..backends.problem import SparseTarget, Tail, check_workspace
 from . import checks, sketch_checks
 from .options import check_options
 
@@ -184,34 +184,26 @@ def _sketch(
     )
 
 
-class SparseTarget(NamedTuple):
-    """A target distribution for ``Problem``: a few entries, a tail and an even rest; together 1."""
+def sparse_target(sketch: TeacherSketch, label: SparseTarget | None, alpha: float) -> SparseTarget:
+    """alpha p + (1 - alpha) ((1 - smoothing) onehot(ids) + smoothing / V).
 
-    targets: Tensor  # [T] int64
-    more_targets: Tensor  # [T, K] int64
-    masses: Tensor  # [T, 1 + K] fp32
-    label_smoothing: float
-
-
-def sparse_target(
-    sketch: TeacherSketch, labels: Tensor | None, alpha: float, label_smoothing: float
-) -> SparseTarget:
-    """alpha p + (1 - alpha) ((1 - label_smoothing) onehot(labels) + label_smoothing / V).
-
-    sketch over [T], labels [T] int. Without labels alpha is 1.
+    sketch over [T], p its distribution. label: ids [...] of T labels, and smoothing; without it
+    alpha is 1.
     """
     first, more = sketch.ids[:, :1].long(), sketch.ids[:, 1:].long()
     masses = alpha * torch.cat([sketch.tail.unsqueeze(-1), sketch.probs[:, 1:]], -1)
-    if labels is None or alpha == 1:
-        return SparseTarget(first.squeeze(-1), more.contiguous(), masses, 0.0)
-    label = labels.long().unsqueeze(-1)
-    mass = (1 - alpha) * (1 - label_smoothing)
-    is_more = more == label
-    listed = is_more.any(-1, keepdim=True) | (first == label)
+    tail = Tail(sketch.moment, sketch.constant, alpha)
+    if label is None or alpha == 1:
+        return SparseTarget(first.squeeze(-1), more.contiguous(), masses, tail=tail)
+    ids = label.ids.flatten().long().unsqueeze(-1)
+    mass = (1 - alpha) * (1 - label.smoothing)
+    is_more = more == ids
+    listed = is_more.any(-1, keepdim=True) | (first == ids)
     own = torch.where(listed, 0.0, mass).to(masses)
     return SparseTarget(
         first.squeeze(-1),
-        torch.cat([more, label], -1),
+        torch.cat([more, ids], -1),
         torch.cat([masses[:, :1], masses[:, 1:] + mass * is_more, own], -1),
-        (1 - alpha) * label_smoothing,
+        (1 - alpha) * label.smoothing,
+        tail,
     )

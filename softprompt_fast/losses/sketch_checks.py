@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..backends.problem import SparseTarget
 from . import checks
 from .options import LossOptions, check_options
 
@@ -103,14 +104,15 @@ def fits_loss(
         )
 
 
-def entries(
-    targets: Tensor, more_targets: Tensor, masses: Tensor, keep: Tensor | None, vocabulary: int
-) -> None:
-    """Distinct ids in the vocabulary, with a distribution; [T], [T, K], [T, 1 + K].
+def entries(target: SparseTarget, keep: Tensor | None, vocabulary: int) -> None:
+    """Distinct ids in the vocabulary, with a distribution, in a target of several entries.
 
     Looks at the values, so only where the host has them.
     """
-    ids = torch.cat([targets.unsqueeze(-1), more_targets], -1)
+    assert target.more is not None
+    assert target.masses is not None
+    masses = target.masses
+    ids = torch.cat([target.ids.unsqueeze(-1), target.more], -1)
     looked_at = torch.cat([torch.ones_like(masses[:, :1]), masses[:, 1:]], -1) > 0
     wrong = ~((masses >= 0).all(-1) & (masses.sum(-1) <= 1 + SUM_TOLERANCE))
     if keep is not None:
