@@ -31,7 +31,7 @@ test: $(VENV)/dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadgroup  # the workers share the cores
 
 torture: $(VENV)/dev
-	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tests/torture.py $(TORTURE_FLAGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tests/support/torture.py $(TORTURE_FLAGS)
 
 check: lint test
 

@@ -18,7 +18,8 @@ from gpu_cases import BACKENDS
 from gpu_process import ROOT, Ended, Session, StepFailed, StepSkipped
 from gpu_steps import all_of, backend_problems, together, usable_backends
 
-TESTS = ["tests/test_gpu.py", "tests/test_losses.py"]
+TESTS = ["tests/backends/test_gpu.py", "tests/losses/test_functional.py"]
+NEEDS_GGUF = "tests/base_model/test_loading.py"
 TEST_SECONDS = 120
 # Lines of pytest -v, with and without pytest-xdist.
 RESULT_WITH_XDIST = r"\[gw\d+\] \[ *\d+%\] ([A-Z]+) tests/"
@@ -51,8 +52,8 @@ def other_tests(session: Session, seconds: float) -> str:
         raise StepSkipped("make test runs them")
     chosen = ["tests", *(f"--ignore={path}" for path in TESTS)]
     if importlib.util.find_spec("gguf") is None:
-        chosen.append("--ignore=tests/test_pretrained.py")
-        session.say("tests/test_pretrained.py is left out: gguf is not installed")
+        chosen.append(f"--ignore={NEEDS_GGUF}")
+        session.say(f"{NEEDS_GGUF} is left out: gguf is not installed")
     return _pytest(session, seconds, chosen, workers=6)
 
 
@@ -94,7 +95,7 @@ def sanitize(session: Session, seconds: float) -> str:
     stop = time.monotonic() + seconds
 
     def run(check: str, backend: str) -> str:
-        command = [sys.executable, str(ROOT / "tests" / "sanitize.py"), backend]
+        command = [sys.executable, str(ROOT / "tests" / "support" / "sanitize.py"), backend]
         if check != NO_TOOL:
             options = ["--tool", check, "--target-processes", "application-only"]
             options += ["--error-exitcode", str(FINDINGS), "--print-limit", "10"]

@@ -76,7 +76,12 @@ class Session:
     def environment(self) -> dict[str, str]:
         """The installed package is found, and not the sources in the current directory."""
         ours = [self.package] if self.package.exists() else []
-        paths = [*ours, ROOT / "benchmarks", ROOT / "tests", os.environ.get("PYTHONPATH")]
+        paths = [
+            *ours,
+            ROOT / "benchmarks",
+            ROOT / "tests" / "support",
+            os.environ.get("PYTHONPATH"),
+        ]
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(str(path) for path in paths if path),

@@ -9,6 +9,7 @@ import signal
 
 import pytest
 import torch
+from damage import Evil
 from toy_run import start, train_flags, wait_for
 
 from softprompt_fast.cli.main import main
@@ -120,11 +121,6 @@ def test_rotation_keeps_the_best_and_never_deletes_all(save, tmp_path):
         (tmp_path / f"checkpoint-{step}/manifest.json").unlink()
     rotate_checkpoints(tmp_path, 1, None)
     assert steps(tmp_path) == [1, 4]
-
-
-class Evil:
-    def __reduce__(self):
-        return os.mkdir, ("evil",)
 
 
 @pytest.mark.parametrize("content", [b"garbage", Evil()], ids=["garbage", "code"])

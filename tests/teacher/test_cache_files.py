@@ -9,7 +9,7 @@ import shutil
 
 import pytest
 import torch
-from test_resume import Evil
+from damage import Evil
 from toy_cache import bits, contents, shards
 
 from softprompt_fast.teacher.cache import FACTS_FILE

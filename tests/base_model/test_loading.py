@@ -228,7 +228,7 @@ def test_the_real_model_has_the_values_of_its_file(real):
 def real_states(real):
     """Hidden states [16, D] with the handbook and without it before the same text, and the head."""
     model, tokenizer = load_model(real, device="cpu")
-    handbook = (Path(__file__).parents[1] / "examples" / "handbook.md").read_text()
+    handbook = (Path(__file__).parents[2] / "examples" / "handbook.md").read_text()
     context = tokenizer(handbook, return_tensors="pt").input_ids[:, :300]
     text = tokenizer("Sandals are not allowed in the workshop, and the lockers close at six.")
     text = torch.tensor([text.input_ids[:16]])
@@ -277,7 +277,7 @@ def assert_exact(backends, teacher, start, weight, divergences):
 def test_the_real_model_answers_through_peft_as_here(real, tmp_path):
     """With the prompt inside its chat template; test_export.py has toys and both placements."""
     model, tokenizer = load_model(real, device="cpu")
-    handbook = (Path(__file__).parents[1] / "examples" / "handbook.md").read_text()
+    handbook = (Path(__file__).parents[2] / "examples" / "handbook.md").read_text()
     config = spf.SoftPromptConfig(num_virtual_tokens=8)
     student = SoftPromptModel(model, spf.SoftPrompt.from_model(model, tokenizer, config, handbook))
     query = tokenize_query(tokenizer, [{"role": "user", "content": "When do you open?"}], "")

@@ -11,8 +11,8 @@ import struct
 import subprocess
 
 import pytest
-from test_evaluate import make_prompt, run
 from toy import make_model
+from toy_evaluation import make_prompt, run
 
 from softprompt_fast.evaluation.baselines import CONDITIONS
 from softprompt_fast.evaluation.report.page import page

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_trainer import make_trainer, trained
 from toy import ARCHITECTURES, PADDING_SENSITIVE, VOCAB, WINDOW, make_model
+from toy_trainer import make_trainer, trained
 
 from softprompt_fast.base_model.output_head import hidden_states
 from softprompt_fast.data.queries import Query, student_layout

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from test_trainer import CONTEXT, QUESTIONS, make_examples, make_trainer
 from toy import make_model, make_tokenizer
+from toy_trainer import CONTEXT, QUESTIONS, make_examples, make_trainer
 
 from softprompt_fast.base_model.fsdp import shard_base
 from softprompt_fast.base_model.output_head import decoder

@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_trainer import CONTEXT, QUESTIONS, make_examples, make_trainer, trained
 from toy import make_model, make_tokenizer
+from toy_trainer import CONTEXT, QUESTIONS, make_examples, make_trainer, trained
 from transformers import TrainerCallback
 
 from softprompt_fast.data.records import Record

@@ -159,7 +159,7 @@ def test_rows_do_not_depend_on_the_ignored(backend, loss):
 def test_a_poisoned_row_is_nan_and_alone(backend, loss, dtype, poison):
     streams = ["hidden"] if loss == "linear_nll" else ["hidden", "teacher"]
     places = [slice(5, 6), slice(None)]
-    if backend in INTERPRETED:  # tests/test_gpu.py has the student's
+    if backend in INTERPRETED:  # tests/backends/test_gpu.py has the student's
         streams, places = streams[-1:], places[:1]
     for stream, entries in itertools.product(streams, places):
         case = rows_case(backend, loss, 131, dtype, tokens=20)

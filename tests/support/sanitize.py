@@ -1,6 +1,6 @@
 """Every GPU kernel at small and ragged sizes: what compute-sanitizer runs in ``make gpu``.
 
-    compute-sanitizer --tool memcheck python3 tests/sanitize.py triton | cuda | streaming
+    compute-sanitizer --tool memcheck python3 tests/support/sanitize.py triton | cuda | streaming
 
 Legend: C rows, D hidden width, V vocabulary.
 """

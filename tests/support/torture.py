@@ -1,6 +1,6 @@
 """kill -9, flipped bits and cut files: nothing durable may be lost, and no damage go unseen.
 
-``make torture`` does this at length, ``make test`` a little of it (test_cache_failures.py).
+``make torture`` does this at length, ``make test`` a little of it (teacher/test_cache_failures.py).
 """
 
 from __future__ import annotations

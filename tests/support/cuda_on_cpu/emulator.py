@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 HERE = Path(__file__).parent
-KERNELS = HERE.parents[1] / "csrc" / "cuda"
+KERNELS = HERE.parents[2] / "csrc" / "cuda"
 H200 = {"major": 9, "block_bytes": 232448, "multiprocessor_bytes": 233472}
 RESERVED_BYTES = 1024
 OCTET_BYTES = 32

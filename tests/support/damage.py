@@ -79,3 +79,10 @@ def _replace(path: Path, data: bytes) -> None:
     """By another file: the old one may be mapped into memory."""
     path.unlink(missing_ok=True)
     path.write_bytes(data)
+
+
+class Evil:
+    """Its pickle runs code where it is opened: it makes a directory."""
+
+    def __reduce__(self):
+        return os.mkdir, ("evil",)

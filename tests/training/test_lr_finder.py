@@ -7,9 +7,9 @@ import random
 import numpy
 import pytest
 import torch
-from test_trainer import make_examples, make_trainer
 from toy import make_model
 from toy_run import train_flags
+from toy_trainer import make_examples, make_trainer
 
 from softprompt_fast.cli.main import main
 from softprompt_fast.training import lr_finder

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from test_teacher import CONTEXT, QUESTIONS, given_answers, make_queries, make_teacher
 from toy import make_model, make_tokenizer
+from toy_teacher import CONTEXT, QUESTIONS, given_answers, make_queries, make_teacher
 
 from softprompt_fast.losses.sketch import TeacherSketch
 from softprompt_fast.teacher.answers import Answer, SketchOptions

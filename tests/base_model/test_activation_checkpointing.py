@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_trainer import make_trainer, trained
 from toy import SIZES, make_model
+from toy_trainer import make_trainer, trained
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from softprompt_fast.student.model import SoftPromptModel

@@ -17,7 +17,7 @@ from softprompt_fast.cli.main import main
 pytestmark = pytest.mark.xdist_group("processes")
 
 SECONDS = 240
-JOBS = str(Path(__file__).with_name("process_jobs.py"))
+JOBS = str(Path(__file__).parents[1] / "support" / "process_jobs.py")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 ACCELERATE = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2")
 WEIGHTS = "adapter_model.safetensors"

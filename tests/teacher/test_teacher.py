@@ -7,42 +7,25 @@ import copy
 import pytest
 import torch
 from toy import PADDING_SENSITIVE, WINDOW, make_model, make_tokenizer
+from toy_teacher import (
+    NEW_TOKENS,
+    given_answers,
+    make_queries,
+    make_teacher,
+)
 
 from softprompt_fast.base_model.output_head import OutputHead, hidden_states
 from softprompt_fast.base_model.prefix_cache import Prefix
-from softprompt_fast.data.queries import Query, student_layout, teacher_ids, tokenize_query
+from softprompt_fast.data.queries import Query, student_layout, teacher_ids
 from softprompt_fast.student.collator import Collator
 from softprompt_fast.student.model import SoftPromptModel
 from softprompt_fast.student.soft_prompt import SoftPrompt, SoftPromptConfig
 from softprompt_fast.teacher.answers import Answer
 from softprompt_fast.teacher.examples import TrainingExample
-from softprompt_fast.teacher.teacher import Teacher
 
 # Rotary positions, absolute positions, two kinds of sliding windows, and a recurrent state.
 ARCHITECTURES = ["llama", "gpt2", "gemma3", "mistral", "falcon_h1"]
-CONTEXT = "Open at 10, closed on Monday. The cat is called Spanner."
 OTHER_CONTEXT = "Nobody is here now."
-QUESTIONS = ["When?", "May I feed the cat after four?", "Hi", "Are you open?", "Who is Spanner?"]
-ANSWERS = ["At 10.", "No.", "Hello, how are you?", "Yes", "A cat with a very long answer."]
-NEW_TOKENS = 9
-
-
-def make_queries(questions=QUESTIONS, context=CONTEXT):
-    return [
-        tokenize_query(
-            make_tokenizer(), [{"role": "user", "content": question}], context, source=f"q:{line}"
-        )
-        for line, question in enumerate(questions, start=1)
-    ]
-
-
-def given_answers():
-    return [make_tokenizer()(text)["input_ids"] for text in ANSWERS]
-
-
-def make_teacher(model, **options) -> Teacher:
-    options = {"max_new_tokens": NEW_TOKENS, "batch_size": 3, "show_progress": False, **options}
-    return Teacher(model, make_tokenizer(), **options)
 
 
 def oracle_answer(model, ids: list[int]) -> list[int]:
