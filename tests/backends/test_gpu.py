@@ -144,7 +144,7 @@ def test_several_chunks(backend, loss):
 @backends("streaming")
 @each_loss
 def test_rows_are_the_same_in_every_batch(backend, loss):
-    """For the engines that use cuBLAS this is measured, not promised: see gpu_smoke.py."""
+    """With cuBLAS this is measured, not promised: see benchmarks/gpu/smoke.py."""
     case = small_case(loss)
     token_loss, gradient = step(case, backend)
     for rows in (slice(0, 1), slice(3, 5), slice(2, 9)):
