@@ -48,13 +48,13 @@ format: $(VENV)/dev
 bench: $(VENV)/bench
 	$(BIN)/pytest benchmarks
 
-# Downloads nothing. GPU_FLAGS: see benchmarks/gpu.py; --rehearse needs no GPU.
+# Downloads nothing. GPU_FLAGS: see benchmarks/gpu/run.py; --rehearse needs no GPU.
 gpu:
-	$(PYTHON) benchmarks/gpu.py $(GPU_FLAGS)
+	$(PYTHON) benchmarks/gpu/run.py $(GPU_FLAGS)
 
 # The figures of README.md and docs/: from the last bench and the last demo.
 docs: $(VENV)/dev
-	$(BIN)/python benchmarks/render.py $(RUN)
+	$(BIN)/python benchmarks/render/pages.py $(RUN)
 
 clean:
 	rm -rf build *.egg-info

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tables
 import torch
 from device import ON_GPU
+from render import tables
 from rich.console import Console
 
 import softprompt_fast as spf

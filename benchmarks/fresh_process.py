@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from device import ON_GPU, peak_mib
-from peers import PEERS
-from problems import Shape, Tensors, gradient
+from losses.peers import PEERS
+from losses.problems import Shape, Tensors, gradient
 
 Result = TypeVar("Result")
 

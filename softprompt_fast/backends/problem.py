@@ -143,7 +143,7 @@ def _fields(group: type) -> list[_Field]:
     return fields
 
 
-FIELDS = {
+FIELDS: dict[type, list[_Field]] = {
     group: _fields(group)
     for group in (Problem, Head, LogitTransform, SparseTarget, Tail, HiddenTeacher)
 }

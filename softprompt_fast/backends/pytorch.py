@@ -96,7 +96,7 @@ def _fit(floats: float, row_floats: int, multiple: int) -> int:
 def _row_kernels(problem: Problem, rows: slice, logits: Tensor, loss: Tensor) -> None:
     """Finish the raw products [streams, R, V], fill loss[rows]; logits[0] becomes its gradient."""
     transform = problem.head.transform
-    z, *z_teacher = (
+    z, *teacher = (
         transform(raw if head.bias is None else raw + head.bias)
         for raw, (_, head) in zip(logits, problem.streams, strict=True)
     )
@@ -105,7 +105,7 @@ def _row_kernels(problem: Problem, rows: slice, logits: Tensor, loss: Tensor) ->
         assert part.target is not None
         loss[rows], dz = sparse_target_rows(z, part.target)
     else:
-        loss[rows], dz = divergence_rows(z, *z_teacher, part.teacher.beta)
+        loss[rows], dz = divergence_rows(z, teacher[0], part.teacher.beta)
         if part.target is not None:
             nll, dz_nll = sparse_target_rows(z, part.target)
             loss[rows] = problem.alpha * loss[rows] + (1 - problem.alpha) * nll

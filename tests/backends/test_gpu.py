@@ -15,8 +15,7 @@ from contract import DEVICE, Case, check, each_loss, make_case, run
 from torch import Tensor
 
 import softprompt_fast as spf
-from softprompt_fast.backends.formulas import LogitTransform
-from softprompt_fast.backends.problem import Problem
+from softprompt_fast.backends.problem import Head, HiddenTeacher, Problem, SparseTarget
 
 ON_GPU = torch.cuda.is_available()
 MIB = 2**20
@@ -144,7 +143,7 @@ def test_several_chunks(backend, loss):
 @backends("streaming")
 @each_loss
 def test_rows_are_the_same_in_every_batch(backend, loss):
-    """For the engines that use cuBLAS this is measured, not promised: see gpu_smoke.py."""
+    """With cuBLAS this is measured, not promised: see benchmarks/gpu/smoke.py."""
     case = small_case(loss)
     token_loss, gradient = step(case, backend)
     for rows in (slice(0, 1), slice(3, 5), slice(2, 9)):
@@ -266,12 +265,9 @@ def test_a_target_outside_the_vocabulary_makes_its_row_nan(backend, loss, target
     outside = V if target == "V" else target
 
     def engine(targets: Tensor) -> tuple[Tensor, Tensor]:
-        nll = loss == "linear_nll"
-        problem = Problem(
-            case.hidden, case.weight, None, targets, ~ignored, 0.0,
-            None if nll else case.teacher, None, None, 0.0, 0.0 if nll else 0.5,
-            LogitTransform(None, 1.0, 1.0), True, 256.0,
-        )  # fmt: skip
+        problem = Problem(case.hidden, Head(case.weight), SparseTarget(targets), keep=~ignored)
+        if loss != "linear_nll":
+            problem = problem._replace(teacher=HiddenTeacher(case.teacher), alpha=0.5)
         return spf.backends.ENGINES[backend](problem)
 
     expected = engine(case.targets)

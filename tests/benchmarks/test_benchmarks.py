@@ -9,12 +9,12 @@ import pkgutil
 from concurrent.futures.process import BrokenProcessPool
 from unittest import mock
 
-import measure
 import pytest
-import tables
 from fresh_process import in_fresh_process
-from peers import OURS, PEERS, Peer
-from problems import PROBLEMS, Shape, exact, gradient, tensors_of
+from losses import measure
+from losses.peers import OURS, PEERS, Peer
+from losses.problems import PROBLEMS, Shape, exact, gradient, tensors_of
+from render import tables
 
 import softprompt_fast as spf
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-DRIVER = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
+DRIVER = Path(__file__).parents[2] / "benchmarks" / "gpu" / "run.py"
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="make gpu itself runs where there is a GPU"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import re
 from itertools import product
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -36,6 +35,7 @@ from torch.nn import functional as F
 
 import softprompt_fast as spf
 from softprompt_fast.backends import cpu
+from softprompt_fast.backends.problem import Head, HiddenTeacher, Problem
 
 each_beta = pytest.mark.parametrize("beta", [0.0, 0.3, 1.0], ids="beta{}".format)
 
@@ -129,15 +129,8 @@ def test_what_the_engine_keeps_between_its_sweeps_changes_no_bit(monkeypatch):
 def test_the_engine_keeps_to_its_comfort(tokens, vocabulary, width, threads, workspace_mib):
     """32 MiB, or 16 a thread up to what logits [T, V] take, or an eighth of a larger workspace."""
     hidden = torch.empty(tokens, width, device="meta")
-    problem = SimpleNamespace(
-        hidden=hidden,
-        weight=torch.empty(vocabulary, width, device="meta"),
-        teacher=hidden,
-        heads=(None, None),
-        with_grad=True,
-        label_smoothing=0.0,
-        workspace_mib=workspace_mib,
-    )
+    head = Head(torch.empty(vocabulary, width, device="meta"))
+    problem = Problem(hidden, head, teacher=HiddenTeacher(hidden), workspace_mib=workspace_mib)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "get_num_threads", lambda: threads)
         plan = cpu.plan(problem)

@@ -28,6 +28,7 @@ from contract import (
 
 import softprompt_fast as spf
 from softprompt_fast import TeacherSketch, sketch_teacher
+from softprompt_fast.backends.problem import Head, Problem, SparseTarget, flatten
 from softprompt_fast.losses.sketch import sparse_target
 
 LOSSES = ("linear_kl", "linear_distill")
@@ -269,22 +270,10 @@ def test_compiled_equals_eager(backend, loss):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck(backend, dtype):
     case = sketched(make_case("linear_distill", ignored=0.3, dtype=dtype), top_k=5)
-    keep = case.targets != IGNORED
-    sketch = case.tensors[-1]
-    target = sparse_target(sketch, case.targets, alpha=0.5, label_smoothing=0.1)
-    arguments = [case.hidden.clone().requires_grad_(), case.weight, None, *target[:3]]
-    arguments += [
-        sketch.moment,
-        sketch.constant,
-        keep,
-        target.label_smoothing,
-        *[None] * 3,
-        0.0,
-        0.5,
-        None,
-    ]
-    arguments += [1.0, 1.0, True, backend, 256.0]
-    torch.library.opcheck(torch.ops.softprompt_fast.token_loss.default, tuple(arguments))
+    target = sparse_target(case.tensors[-1], SparseTarget(case.targets, smoothing=0.1), alpha=0.5)
+    problem = Problem(case.hidden, Head(case.weight), target, keep=case.targets != IGNORED)
+    arguments = (*flatten(problem), backend)
+    torch.library.opcheck(torch.ops.softprompt_fast.token_loss.default, arguments)
 
 
 # --- what is refused ---

@@ -27,7 +27,7 @@ from triton.compiler import ASTSource
 from softprompt_fast.backends import gpu_rows
 from softprompt_fast.backends import gpu_streaming as streaming_engine
 from softprompt_fast.backends.formulas import LogitTransform
-from softprompt_fast.backends.problem import Problem
+from softprompt_fast.backends.problem import Head, HiddenTeacher, Problem, SparseTarget
 from softprompt_fast.kernels import formulas, rows, streaming
 
 VOCABULARIES = (32000, 49152, 128256, 151936, 262144)
@@ -107,30 +107,35 @@ def problems(vocabulary: int, plain: bool) -> Iterator[Problem]:
     def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    def sketch(*options):
-        return problem(*options)._replace(
-            more_targets=empty(TOKENS, MORE, dtype=torch.int64),
-            masses=empty(TOKENS, 1 + MORE, dtype=torch.float32),
+    def head(dtype, every_option) -> Head:
+        return Head(
+            empty(vocabulary, WIDTH, dtype=dtype),
+            empty(vocabulary, dtype=dtype) if every_option else None,
+            LogitTransform(softcap=30.0 if every_option else None),
         )
 
+    def sketch(*options):
+        more = empty(TOKENS, MORE, dtype=torch.int64)
+        masses = empty(TOKENS, 1 + MORE, dtype=torch.float32)
+        made = problem(*options)
+        return made._replace(target=made.target._replace(more=more, masses=masses))
+
     def problem(dtype, targets, alpha, beta, every_option, with_grad=True):
-        teacher = alpha > 0
-        option = every_option or None
+        target = teacher = None
+        if targets:
+            ids = empty(TOKENS, dtype=torch.int64)
+            target = SparseTarget(ids, smoothing=0.1 if every_option else 0.0)
+        if alpha > 0:
+            own = head(dtype, every_option) if every_option else None
+            teacher = HiddenTeacher(empty(TOKENS, WIDTH, dtype=dtype), own, beta)
         return Problem(
             hidden=empty(TOKENS, WIDTH, dtype=dtype),
-            weight=empty(vocabulary, WIDTH, dtype=dtype),
-            bias=option and empty(vocabulary, dtype=dtype),
-            targets=empty(TOKENS, dtype=torch.int64) if targets else None,
-            keep=option and empty(TOKENS, dtype=torch.bool),
-            label_smoothing=0.1 if option and targets else 0.0,
-            teacher=empty(TOKENS, WIDTH, dtype=dtype) if teacher else None,
-            teacher_weight=empty(vocabulary, WIDTH, dtype=dtype) if teacher and option else None,
-            teacher_bias=empty(vocabulary, dtype=dtype) if teacher and option else None,
-            beta=beta,
+            head=head(dtype, every_option),
+            target=target,
+            teacher=teacher,
             alpha=alpha,
-            transform=LogitTransform(softcap=option and 30.0),
+            keep=empty(TOKENS, dtype=torch.bool) if every_option else None,
             with_grad=with_grad,
-            workspace_mib=256.0,
         )
 
     for beta in (0.0, 0.5, 1.0) if plain else (0.5,):

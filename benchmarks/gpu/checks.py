@@ -14,9 +14,9 @@ import sys
 import time
 from collections import Counter
 
-from gpu_cases import BACKENDS
-from gpu_process import ROOT, Ended, Session, StepFailed, StepSkipped
-from gpu_steps import all_of, backend_problems, together, usable_backends
+from gpu.cases import BACKENDS
+from gpu.process import ROOT, Ended, Session, StepFailed, StepSkipped
+from gpu.steps import all_of, backend_problems, together, usable_backends
 
 TESTS = ["tests/backends/test_gpu.py", "tests/losses/test_functional.py"]
 NEEDS_GGUF = "tests/base_model/test_loading.py"
@@ -33,7 +33,7 @@ def smoke(session: Session, seconds: float) -> str:
     """Every loss on every backend once: the backends side by side, for compiling takes a core."""
 
     def check(backend: str) -> Ended:
-        return session.python("benchmarks/gpu_smoke.py", "contract", backend, seconds=seconds)
+        return session.python("benchmarks/gpu/smoke.py", "contract", backend, seconds=seconds)
 
     backends = [name for name, why in backend_problems(session).items() if why is None]
     return all_of(backends, together(check, backends))
@@ -137,7 +137,7 @@ def batches(session: Session, seconds: float) -> str:
     """Reported, not required: cuBLAS picks its algorithm by the shape."""
 
     def measure(backend: str) -> Ended:
-        return session.python("benchmarks/gpu_smoke.py", "batch", backend, seconds=seconds)
+        return session.python("benchmarks/gpu/smoke.py", "batch", backend, seconds=seconds)
 
     backends = usable_backends(session, BACKENDS)
     return all_of(backends, together(measure, backends))

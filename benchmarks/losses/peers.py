@@ -1,7 +1,7 @@
 """Who is compared: every implementation, called as its documentation says is best.
 
 All get the same ``Tensors`` and return the mean over the tokens; the head is frozen. To run one
-line again: ``pytest benchmarks/bench_losses.py -k "SmolLM2 and T64 and TRL"``.
+line again: ``pytest benchmarks/losses/bench_losses.py -k "SmolLM2 and T64 and TRL"``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from device import ON_GPU
-from problems import Loss, Tensors
+from losses.problems import Loss, Tensors
 from torch import Tensor
 
 import softprompt_fast as spf

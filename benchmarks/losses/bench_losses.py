@@ -1,8 +1,8 @@
 """Every implementation of every loss, over the heads of real models.
 
-pytest benchmarks/bench_losses.py                                        # the quick set
-pytest benchmarks/bench_losses.py --full                                 # every head, T up to 16384
-pytest benchmarks/bench_losses.py --full -k "Gemma and T16- and TRL"     # some lines of it
+pytest benchmarks/losses/bench_losses.py                                     # the quick set
+pytest benchmarks/losses/bench_losses.py --full                              # all heads, T to 16384
+pytest benchmarks/losses/bench_losses.py --full -k "Gemma and T16- and TRL"  # some lines of it
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 from device import ON_GPU
-from measure import line, measure, refusal
-from peers import PEERS
-from problems import HEADS, MAIN, PROBLEMS, Shape
+from losses.measure import line, measure, refusal
+from losses.peers import PEERS
+from losses.problems import HEADS, MAIN, PROBLEMS, Shape
 
 QUICK = [
     (Shape.of("SmolLM2-135M", 64), list(PROBLEMS)),

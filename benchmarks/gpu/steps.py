@@ -1,4 +1,4 @@
-"""The steps of ``make gpu`` that build and time; ``gpu_checks.py`` has the others.
+"""The steps of ``make gpu`` that build and time; ``checks.py`` has the others.
 
 Each takes the session and its seconds, and says what came of it, or raises ``StepFailed`` or
 ``StepSkipped`` with the reason.
@@ -16,8 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
-from gpu_cases import ROW_KERNEL_BACKENDS, Case, main_cases, other_cases
-from gpu_process import ROOT, Ended, Session, StepFailed, StepSkipped
+from gpu.cases import ROW_KERNEL_BACKENDS, Case, main_cases, other_cases
+from gpu.process import ROOT, Ended, Session, StepFailed, StepSkipped
 
 # A case that says nothing for so long hangs: compiling its kernels takes a few seconds.
 SILENCE_SECONDS = 75
@@ -57,7 +57,7 @@ def versions(session: Session, seconds: float) -> str:
 
 
 def ceilings(session: Session, seconds: float) -> str:
-    expect(session.python("benchmarks/gpu_measure.py", "ceilings", seconds=seconds))
+    expect(session.python("benchmarks/gpu/measure.py", "ceilings", seconds=seconds))
     return "copy and matrix product"
 
 
@@ -84,7 +84,7 @@ def _losses(session: Session, seconds: float, cases: list[Case]) -> str:
     count, failures, stop = len(todo), [], time.monotonic() + seconds
     while todo:
         ended = session.python(
-            "benchmarks/gpu_measure.py",
+            "benchmarks/gpu/measure.py",
             "losses",
             json.dumps([asdict(case) for case in todo]),
             seconds=stop - time.monotonic(),
@@ -108,7 +108,7 @@ def row_kernels(session: Session, seconds: float) -> str:
 
     def measure(backend: str) -> Ended:
         left = stop - time.monotonic()
-        return session.python("benchmarks/gpu_row_kernels.py", backend, seconds=left)
+        return session.python("benchmarks/gpu/row_kernels.py", backend, seconds=left)
 
     return all_of(backends, [measure(backend) for backend in backends])
 
@@ -116,7 +116,7 @@ def row_kernels(session: Session, seconds: float) -> str:
 def backend_problems(session: Session, seconds: float = 60) -> dict[str, str | None]:
     """Why a backend cannot run: asked once, and kept with the other facts of the machine."""
     if "backends" not in session.results.data["machine"]:
-        expect(session.python("benchmarks/gpu_smoke.py", "versions", seconds=seconds))
+        expect(session.python("benchmarks/gpu/smoke.py", "versions", seconds=seconds))
     return session.results.data["machine"]["backends"]
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from device import DEVICE, ON_GPU, peak_mib, seconds
-from problems import DTYPE, HEADS
+from losses.problems import DTYPE, HEADS
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from softprompt_fast import SoftPrompt, SoftPromptConfig, SoftPromptTrainer

@@ -1,7 +1,7 @@
 """The measuring program of ``make gpu``, in a process of its own.
 
-    gpu_measure.py ceilings             # what this GPU does at most: a copy, a matrix product
-    gpu_measure.py losses JSON          # the cases of gpu_cases.py, one record each, in order
+    measure.py ceilings             # what this GPU does at most: a copy, a matrix product
+    measure.py losses JSON          # cases of gpu/cases.py, one record each, in order
 
 Nothing is timed before its gradient has been compared with fp64.
 
@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 from device import peak_mib
-from gpu_cases import LOSSES, Case
-from gpu_common import (
+from gpu.cases import LOSSES, Case
+from gpu.common import (
     DEVICE,
     ON_GPU,
     capture,
@@ -28,7 +28,7 @@ from gpu_common import (
     kernels_can_run,
     poison_free_memory,
 )
-from problems import BarePasses, Exact, Tensors, mm
+from losses.problems import BarePasses, Exact, Tensors, mm
 from torch import Tensor
 
 import softprompt_fast as spf

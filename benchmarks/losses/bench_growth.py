@@ -1,7 +1,7 @@
 """How time and memory grow with the tokens T and with the vocabulary V.
 
-tables.py fits the slopes: the exponent of T or V in the time, and the MiB that a thousand tokens or
-a thousand entries add.
+render/tables.py fits the slopes: the exponent of T or V in the time, and the MiB that a thousand
+tokens or a thousand entries add.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 from device import ON_GPU
-from measure import line, measure
-from problems import MAIN, Shape
+from losses.measure import line, measure
+from losses.problems import MAIN, Shape
 
 SCALE = 16 if ON_GPU else 1
 POINTS = {

@@ -1,8 +1,8 @@
 """``make gpu``: build, check, time and sanitize everything on the GPU of this machine.
 
-    python3 benchmarks/gpu.py                        # results in benchmarks/results/<gpu>.{json,md}
-    python3 benchmarks/gpu.py --only main,kernels    # some steps, of what was built before
-    python3 benchmarks/gpu.py --rehearse             # every step on a CPU: tiny and interpreted
+    python3 benchmarks/gpu/run.py                      # to benchmarks/results/<gpu>.{json,md}
+    python3 benchmarks/gpu/run.py --only main,kernels  # some steps, of what was built before
+    python3 benchmarks/gpu/run.py --rehearse           # every step on a CPU: tiny and interpreted
 
 Nothing is downloaded: it runs with the python3 and the PyTorch that are here. Every step runs in
 processes of its own, so that a crash or a hang takes nothing else along. The results are written
@@ -24,9 +24,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-import gpu_checks
-import gpu_steps
-from gpu_process import ROOT, Session, StepFailed, StepSkipped
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from gpu import checks, steps
+from gpu.process import ROOT, Session, StepFailed, StepSkipped
 
 
 class Step(NamedTuple):
@@ -39,20 +39,20 @@ class Step(NamedTuple):
 
 # Steps of one group run side by side: none of them is timed, and all of them wait a lot.
 GROUPS: list[list[Step]] = [
-    [Step("build", 240, gpu_steps.build)],
-    [Step("versions", 60, gpu_steps.versions)],
-    [Step("smoke", 100, gpu_checks.smoke)],
-    [Step("ceilings", 40, gpu_steps.ceilings)],
-    [Step("main", 110, gpu_steps.main_losses)],
+    [Step("build", 240, steps.build)],
+    [Step("versions", 60, steps.versions)],
+    [Step("smoke", 100, checks.smoke)],
+    [Step("ceilings", 40, steps.ceilings)],
+    [Step("main", 110, steps.main_losses)],
     [
-        Step("tests", 210, gpu_checks.tests),
-        Step("other-tests", 210, gpu_checks.other_tests),
-        Step("sanitize", 210, gpu_checks.sanitize),
+        Step("tests", 210, checks.tests),
+        Step("other-tests", 210, checks.other_tests),
+        Step("sanitize", 210, checks.sanitize),
     ],
-    [Step("kernels", 60, gpu_steps.row_kernels)],
-    [Step("other", 240, gpu_steps.other_losses)],
-    [Step("streaming", 120, gpu_steps.streaming_losses)],
-    [Step("batches", 60, gpu_checks.batches)],
+    [Step("kernels", 60, steps.row_kernels)],
+    [Step("other", 240, steps.other_losses)],
+    [Step("streaming", 120, steps.streaming_losses)],
+    [Step("batches", 60, checks.batches)],
 ]
 NAMES = [step.name for group in GROUPS for step in group]
 

@@ -16,9 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from gpu_results import Record, Results
+from gpu.results import Record, Results
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 # What a process gets to say why it was interrupted, before it is killed.
 GRACE_SECONDS = 8
 

@@ -1,6 +1,6 @@
 """Writes every figure of README.md and docs/ from the files in benchmarks/results/.
 
-    python benchmarks/render.py [DIRECTORY...]     # first keeps the figures of a demo run or sweep
+    python benchmarks/render/pages.py [DIRECTORY...]  # first keeps the figures of a run or sweep
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; pictures go to docs/images/.
 """
@@ -14,21 +14,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gpu_results
-import pictures
-import tables
-from problems import HEADS
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.append(str(Path(__file__).parents[2] / "examples"))
+import objective_report
+from gpu import results as gpu_results
+from losses.problems import HEADS
+from render import pictures, tables
 
 from softprompt_fast.evaluation.baselines import CONDITIONS
+from softprompt_fast.evaluation.report import plots
 from softprompt_fast.evaluation.report.tables import kl_with_error
-from softprompt_fast.report import plots
 from softprompt_fast.sweep.plot import curve_picture
 from softprompt_fast.sweep.table import curve_cells
 
-sys.path.append(str(Path(__file__).parent.parent / "examples"))
-import objective_report
-
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PLAIN = "Trainer, PEFT, F.kl_div"
@@ -179,7 +178,7 @@ def sweep_table() -> str:
 
 
 def training_table() -> str:
-    """The example's training run against a plain loop, from ``benchmarks/training.py``."""
+    """The example's training run against a plain loop, from ``benchmarks/training/run.py``."""
     report = read("training.json")
     lines = [
         "| | seconds a step | before the first step | the whole run |",

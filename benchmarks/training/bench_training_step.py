@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from fresh_process import in_fresh_process
-from training_step import CONFIGS, KINDS, measure_steps
+from training.step import CONFIGS, KINDS, measure_steps
 
 QUICK, FULL = ["SmolLM2-135M"], list(CONFIGS)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from tables import grouped
+from render.tables import grouped
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

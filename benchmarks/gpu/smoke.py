@@ -1,8 +1,8 @@
 """The first questions of ``make gpu``, each in a process of its own.
 
-gpu_smoke.py versions           # what is installed, and which backends can run
-gpu_smoke.py contract BACKEND   # every loss, once, against the numerics contract
-gpu_smoke.py batch BACKEND      # are rows bitwise the same in every batch?
+smoke.py versions           # what is installed, and which backends can run
+smoke.py contract BACKEND   # every loss, once, against the numerics contract
+smoke.py batch BACKEND      # are rows bitwise the same in every batch?
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import platform
 import sys
 
 import torch
-from gpu_common import ON_GPU, emit, kernels_can_run
+from gpu.common import ON_GPU, emit, kernels_can_run
 
 import softprompt_fast as spf
 

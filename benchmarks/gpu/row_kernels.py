@@ -1,6 +1,6 @@
 """The row kernels alone, against a copy on the device that moves as many bytes.
 
-    gpu_row_kernels.py BACKEND
+    row_kernels.py BACKEND
 
 Nothing is timed before its gradient has been compared with fp64.
 
@@ -14,8 +14,8 @@ import sys
 from types import ModuleType
 
 import torch
-from gpu_cases import LOSSES
-from gpu_common import DEVICE, ON_GPU, emit, interleaved, kernels_can_run
+from gpu.cases import LOSSES
+from gpu.common import DEVICE, ON_GPU, emit, interleaved, kernels_can_run
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -7,7 +7,7 @@ from math import log
 from operator import itemgetter
 from typing import Any, NamedTuple, TypeVar
 
-from problems import MAIN
+from losses.problems import MAIN
 from rich.table import Table as RichTable
 
 Row = dict[str, Any]

@@ -4,7 +4,7 @@ The plain loop is what one writes without this package: ``transformers.Trainer``
 prompt-tuning model, the teacher reading the full context in every step, logits of both in memory.
 Same model, answers, batches, optimiser and first soft prompt; the losses of the steps are compared.
 
-    python benchmarks/training.py MODEL_DIR [--steps N]     # default: every step of the example
+    python benchmarks/training/run.py MODEL_DIR [--steps N]     # default: every step of the example
 
 Writes benchmarks/results/training.json.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 import torch.nn.functional as F
 from conftest import machine
@@ -38,7 +40,7 @@ from softprompt_fast.teacher.examples import TrainingExample, make_examples
 from softprompt_fast.teacher.teacher import Teacher
 from softprompt_fast.training.arguments import SoftPromptTrainingArguments
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "training.json"
 # As in examples/handbook.yaml, but for the placement, which is PEFT's.
 P = 32
