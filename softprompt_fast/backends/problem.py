@@ -123,8 +123,8 @@ class Problem(NamedTuple):
 
 def _changed(value: Fields, names: Iterable[str], change: Callable[[Tensor], Tensor]) -> Fields:
     given = {name: getattr(value, name) for name in names}
-    fields: Any = value
-    return fields._replace(**{n: change(v) for n, v in given.items() if v is not None})
+    replace: Callable[..., Fields] = getattr(value, "_replace")  # noqa: B009
+    return replace(**{n: change(v) for n, v in given.items() if v is not None})
 
 
 class _Field(NamedTuple):
@@ -179,7 +179,8 @@ def flatten(value: Problem | None, group: type = Problem) -> list[Any]:
 
 def unflatten(leaves: Iterable[Any]) -> Problem:
     """The problem of which ``flatten`` made these."""
-    return _unflatten(Problem, iter(leaves))
+    problem: Problem = _unflatten(Problem, iter(leaves))
+    return problem
 
 
 def _unflatten(group: Any, leaves: Iterator[Any]) -> Any:

@@ -79,7 +79,8 @@ def build_info() -> dict[str, str]:
     return {} if _C is None else _C.build_info()
 
 
-@torch.compiler.assume_constant_result  # what can run here does not change
+# what can run here does not change
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def resolve(name: str, device: torch.device) -> str:
     """The backend that will run: ``name`` itself, or for "auto" the fastest for ``device``.
 

@@ -8,6 +8,7 @@ vendor's product.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,13 +26,15 @@ def token_loss(problem: Problem, backend: str) -> Tensor:
     in any shape, and the ids be int32. An id outside the vocabulary is an IndexError; the kernels
     of a GPU cannot raise, and make its row NaN.
     """
-    return _TokenLoss.apply(problem.hidden, problem, backend)[0]
+    apply: Callable[..., tuple[Tensor, Tensor]] = _TokenLoss.apply
+    return apply(problem.hidden, problem, backend)[0]
 
 
 class _TokenLoss(torch.autograd.Function):
     @staticmethod
     def forward(hidden: Tensor, problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
-        return solve(*flatten(problem._replace(hidden=hidden)), backend)
+        outputs: tuple[Tensor, Tensor] = solve(*flatten(problem._replace(hidden=hidden)), backend)
+        return outputs
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -42,7 +45,8 @@ class _TokenLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _grad_dhidden: Tensor) -> tuple[Tensor, None, None]:
         checks.no_tangent("the upstream gradient", grad_loss)
-        return _Scaled.apply(grad_loss, *ctx.saved_tensors), None, None
+        apply: Callable[..., Tensor] = _Scaled.apply
+        return apply(grad_loss, *ctx.saved_tensors), None, None
 
 
 class _Scaled(torch.autograd.Function):
@@ -53,7 +57,8 @@ class _Scaled(torch.autograd.Function):
 
     @staticmethod
     def forward(grad_loss: Tensor, dhidden: Tensor, hidden: Tensor) -> Tensor:
-        return scale(grad_loss, dhidden, hidden)
+        scaled: Tensor = scale(grad_loss, dhidden, hidden)
+        return scaled
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

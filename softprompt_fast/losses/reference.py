@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -41,7 +43,7 @@ def linear_nll(
     ignore_index: int = -100,
     token_weight: Tensor | None = None,
     reduction: str = "mean",
-    **head,
+    **head: Any,
 ) -> Tensor:
     """``F.cross_entropy`` on materialised logits. ``head``: the options of ``logits``."""
     z = logits(hidden, weight, **head)
@@ -69,7 +71,7 @@ def linear_kl(
     token_weight: Tensor | None = None,
     reduction: str = "mean",
     bias: Tensor | None = None,
-    **head,
+    **head: Any,
 ) -> Tensor:
     """KL(p || q), KL(q || p) or generalised JSD of two materialised softmaxes, in nats."""
     log_q = logits(hidden, weight, bias=bias, **head).log_softmax(-1)
@@ -108,7 +110,7 @@ def linear_distill(
     teacher_weight: Tensor | None = None,
     teacher_bias: Tensor | None = None,
     label_smoothing: float = 0.0,
-    **options,
+    **options: Any,
 ) -> Tensor:
     """alpha * linear_kl + (1 - alpha) * linear_nll, over the tokens whose target counts."""
     nll = linear_nll(hidden, weight, targets, label_smoothing=label_smoothing, **options)
