@@ -20,7 +20,7 @@ from softprompt_fast.cli.config_file import config_arguments
 from softprompt_fast.cli.main import main
 from softprompt_fast.training.checkpoints import last_good_checkpoint
 from softprompt_fast.training.run_directory import RunDirectory
-from softprompt_fast.training.signals import StopOnSignal
+from softprompt_fast.training.callbacks import StopOnSignal
 from softprompt_fast.training.trainer import SoftPromptTrainer
 from softprompt_fast.utils.console import printable
 

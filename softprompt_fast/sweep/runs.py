@@ -17,7 +17,7 @@ from ..training.arguments import SoftPromptTrainingArguments, TrainOptions
 from ..training.run import train_prompt
 from ..training.run_directory import EVALUATION_FILE, RunDirectory, facts_of_run
 from ..training.setup import Data, Lessons, load, open_directory, teach
-from ..training.signals import StopOnSignal
+from ..training.callbacks import StopOnSignal
 from ..utils.console import progress, say
 from ..utils.files import write_json
 from .curve import compression_curve, is_measured
