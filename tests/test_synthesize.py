@@ -33,7 +33,7 @@ from softprompt_fast.synthesis.filters import (
 from softprompt_fast.synthesis.kinds import KINDS
 from softprompt_fast.synthesis.plan import DRY, MOST_TEXTS, Plan, Visit
 from softprompt_fast.synthesis.writer import Writer, completion
-from softprompt_fast.utils.files import locked
+from softprompt_fast.utils.owned_directory import locked
 
 # Chunks
 
