@@ -26,17 +26,11 @@ class SweepDirectory(OwnedDirectory):
     early = r"sweep\.png|\.sweep\.png\..+\.tmp|teacher_cache|.+_P\d+"
     lock_file = ".sweep.lock"  # each run in it has its own
 
-    @property
-    def curve(self) -> Path:
-        return self.path / self.state_file
-
-    @property
-    def picture(self) -> Path:
-        return self.path / "sweep.png"
-
-    @property
-    def teacher_cache(self) -> Path:
-        return self.path / "teacher_cache"
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.curve, self.picture, self.teacher_cache = (
+            path / name for name in (self.state_file, *self.files, "teacher_cache")
+        )
 
     def write_curve(self, measured: Sequence[Path]) -> dict[str, Any]:
         """measured: the directories of the runs that are."""

@@ -11,10 +11,10 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from ..utils.files import named_failures, sync_directory, write_bytes
-from ..utils.owned_directory import OwnedDirectory
+from ..utils.owned_directory import OwnedDirectory, read_state
 
 STATE_FILE = "synthesis.json"
 JOURNAL_FILE = "queries.partial.jsonl"
@@ -25,15 +25,14 @@ FORMAT_VERSION = 1
 
 class SynthesisDirectory(OwnedDirectory):
     what = "of softprompt-fast synthesize"
+    holds = "queries"
     use = "writes queries"
     state_file = STATE_FILE
-    kinds: ClassVar = {"options": dict, "model": dict, "files": list}
     files = (TRAIN_FILE, HELDOUT_FILE)
 
     def __init__(self, path: str | os.PathLike[str], options: dict[str, Any]) -> None:
         """options: JSON values, all that the result depends on besides the model's content."""
-        super().__init__(path)
-        self.options = options
+        super().__init__(path, options)
         self.entries: list[dict[str, Any]] = []
         """What the journal holds."""
 
@@ -48,7 +47,9 @@ class SynthesisDirectory(OwnedDirectory):
 
         Raises ValueError if what is there was written by another model, or is damaged.
         """
-        self._check_same("model", facts, "by another model")
+        self.check_same(
+            self.read_state().get("model", facts), facts, "holds queries by another model:"
+        )
         self.remove_leftovers()
         self._write("writing", model=facts)
         self._read_journal()
@@ -92,12 +93,8 @@ class SynthesisDirectory(OwnedDirectory):
         """Nobody needs the journal of a result that is whole."""
         (self.path / JOURNAL_FILE).unlink(missing_ok=True)
 
-    def check_state(self) -> None:
-        self._check_same("options", self.options, "with other options")
-
-    def _check_same(self, name: str, now: dict[str, Any], problem: str) -> None:
-        there = self.read_state().get(name, now)
-        self.check_same(there, now, problem=f"holds queries {problem}:")
+    def read_state(self) -> dict[str, Any]:
+        return read_state(self.path / STATE_FILE, options=dict, model=dict, files=list)
 
     def _write(self, status: str, **facts: Any) -> None:
         state = {"format_version": FORMAT_VERSION, "status": status, "options": self.options}

@@ -150,7 +150,7 @@ class TeacherCache(OwnedDirectory):
             return self.write_state({"facts": facts})
 
     def _check_facts(self, path: Path, there: dict[str, Any], now: dict[str, Any]) -> None:
-        self.check_same(there, now, problem=f"is stale: {path.name} was made with")
+        self.check_same(there, now, f"is stale: {path.name} was made with")
 
     def _set_aside(self, path: Path, error: DamagedFile) -> None:
         aside = path.with_name(f"{path.name}.damaged")

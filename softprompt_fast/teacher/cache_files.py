@@ -22,14 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from ..utils.files import refuse_pickle, write_bytes
-from ..utils.sealed import (
-    MAX_SEALED,
-    UNSEALED,
-    DamagedFile,
-    check_is_plain_file,
-    is_sealed,
-    seal,
-)
+from ..utils.sealed import MAX_SEALED, UNSEALED, DamagedFile, check_is_plain_file, is_sealed, seal
 from .answers import Answer, pack, unpack
 from .facts import tensor_bytes
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,12 @@ FORMAT_VERSION = 1
 
 class RunDirectory(OwnedDirectory):
     what = "a run of softprompt-fast"
+    holds = "a run"
     use = "trains"
     state_file = RUN_FILE
     files = RESULT_FILES
+    absent = "default"
+    remedy = "pass --overwrite_output_dir to train anew"
 
     def __init__(
         self,
@@ -42,8 +46,7 @@ class RunDirectory(OwnedDirectory):
         ``overwrite``. inputs: where the model and the data are, for the commands that come after.
         JSON values.
         """
-        super().__init__(path, is_owner=is_owner)
-        self.options = options
+        super().__init__(path, options, is_owner=is_owner)
         self.inputs = inputs
         self.overwrite = overwrite
 
@@ -76,16 +79,9 @@ class RunDirectory(OwnedDirectory):
     def read_state(self) -> dict[str, Any]:
         return read_run(self.path)
 
-    def check_state(self) -> None:
-        there = self.read_state().get("options", self.options)
+    def check_same(self, there: Mapping[str, Any], now: Mapping[str, Any], problem: str) -> None:
         if not self.overwrite:
-            self.check_same(
-                there,
-                self.options,
-                problem="holds a run with other options:",
-                absent="default",
-                remedy="pass --overwrite_output_dir to train anew",
-            )
+            super().check_same(there, now, problem)
 
     def _write(self, status: str, **facts: Any) -> None:
         run = {"format_version": FORMAT_VERSION, "status": status, "inputs": self.inputs}
@@ -95,7 +91,7 @@ class RunDirectory(OwnedDirectory):
 def read_run(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What run.json says; empty where there is none. Raises ValueError naming what is damaged."""
     file = Path(path) / RUN_FILE
-    run = read_state(file, {"inputs": dict, "options": dict})
+    run = read_state(file, inputs=dict, options=dict)
     for name, value in run.get("inputs", {}).items():
         kind = int if name == "max_new_tokens" else str
         if value is not None:

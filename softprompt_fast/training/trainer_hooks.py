@@ -53,11 +53,10 @@ class HookedTrainer(Trainer):
             super()._run_epoch(*args, **options)
 
     def _maybe_log_save_evaluate(
-        self, tr_loss: Any, grad_norm: Any, *args: Any, learning_rate: Any, **options: Any
+        self, tr_loss: Any, grad_norm: Any, *args: Any, **options: Any
     ) -> None:
         """Callbacks are not told the norm of the gradient, unless the Trainer logs the step."""
-        self.end_step(grad_norm, learning_rate)
-        options["learning_rate"] = learning_rate
+        self.end_step(grad_norm, options["learning_rate"])
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **options)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:

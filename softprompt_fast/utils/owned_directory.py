@@ -31,14 +31,14 @@ class OwnedDirectory:
     what: ClassVar[str]
     """What it holds, after "it is not"."""
 
+    holds: ClassVar[str]
+    """What it is that has options."""
+
     use: ClassVar[str]
     """What its owner does, after "another process"."""
 
     state_file: ClassVar[str]
     """The JSON file by which the directory is known. It is written whole or not at all."""
-
-    kinds: ClassVar[Mapping[str, type]] = {}
-    """The types of the state's fields, where other code relies on them."""
 
     is_sealed: ClassVar[bool] = False
     """Whether the state vouches for its own bytes."""
@@ -51,13 +51,27 @@ class OwnedDirectory:
 
     lock_file: ClassVar[str] = ".lock"
 
-    def __init__(self, path: str | os.PathLike[str], *, is_owner: bool = True) -> None:
-        """is_owner: False in all processes of a run but one; they read, and write nothing.
+    absent: ClassVar[Any] = None
+    """What a field is where there is none."""
+
+    remedy: ClassVar[str] = "delete this one"
+    """What to do with what cannot be continued."""
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        options: dict[str, Any] | None = None,
+        *,
+        is_owner: bool = True,
+    ) -> None:
+        """options: JSON values, on which depends what is written; the state has them.
+        is_owner: False in all processes of a run but one; they read, and write nothing.
 
         Raises OSError if the directory cannot be made or written to, and ValueError if it holds
         something else.
         """
         self.path = Path(path)
+        self.options = options
         self.is_owner = is_owner
         if is_owner:
             make_writable(self.option, self.path)
@@ -67,8 +81,8 @@ class OwnedDirectory:
     def owned(self, *, wait: bool = False) -> Iterator[Self]:
         """wait: for another owner to be done.
 
-        Raises ValueError if another process owns the directory or ``check_state`` refuses it, and
-        OSError if its lock is a symbolic link.
+        Raises ValueError if another process owns the directory, or if what it holds was begun with
+        other options, and OSError if its lock is a symbolic link.
         """
         lock = locked(self.path / self.lock_file, wait=wait) if self.is_owner else nullcontext(True)
         with lock as is_ours:
@@ -76,11 +90,10 @@ class OwnedDirectory:
                 raise ValueError(
                     f"{self.option} {self.path} is in use: another process {self.use} there"
                 )
-            self.check_state()
+            if self.options is not None:
+                there = self.read_state().get("options", self.options)
+                self.check_same(there, self.options, f"holds {self.holds} with other options:")
             yield self
-
-    def check_state(self) -> None:
-        """Raises ValueError if what is there may not be continued."""
 
     def remove_leftovers(self) -> None:
         """What an owner that was killed had not written to its end."""
@@ -90,32 +103,29 @@ class OwnedDirectory:
     def read_state(self) -> dict[str, Any]:
         """Empty where there is none, unless it is sealed. Raises ValueError if it is damaged."""
         file = self.path / self.state_file
-        return read_sealed_json(file) if self.is_sealed else read_state(file, self.kinds)
+        return read_sealed_json(file) if self.is_sealed else read_state(file)
 
     def write_state(self, state: dict[str, Any]) -> None:
         write = write_sealed_json if self.is_sealed else write_json
         write(self.path / self.state_file, state)
 
-    def check_same(
-        self,
-        there: Mapping[str, Any],
-        now: Mapping[str, Any],
-        *,
-        problem: str,
-        absent: Any = None,
-        remedy: str = "delete this one",
-    ) -> None:
-        """Raises ValueError with the fields that differ. absent: what one that is not there is."""
+    def check_same(self, there: Mapping[str, Any], now: Mapping[str, Any], problem: str) -> None:
+        """Raises ValueError with the problem and the fields that differ."""
         differing = [
-            f"{name}: {_short(there.get(name, absent))} there, {_short(now.get(name, absent))} now"
+            f"{name}: {self._shown(name, there)} there, {self._shown(name, now)} now"
             for name in sorted(there.keys() | now.keys())
             if there.get(name) != now.get(name)
         ]
         if differing:
             raise ValueError(
                 f"{self.option} {self.path} {problem} {'; '.join(differing)}. "
-                f"Choose another directory, or {remedy}."
+                f"Choose another directory, or {self.remedy}."
             )
+
+    def _shown(self, name: str, values: Mapping[str, Any]) -> str:
+        """Of a digest, what tells it apart."""
+        value = values.get(name, self.absent)
+        return repr(value[:12] if isinstance(value, str) and len(value) == 64 else value)
 
     def _check_free(self) -> None:
         names = sorted(file.name for file in self.path.iterdir())
@@ -129,8 +139,11 @@ class OwnedDirectory:
             )
 
 
-def read_state(file: Path, kinds: Mapping[str, type]) -> dict[str, Any]:
-    """Empty where there is no file. Raises ValueError naming what is damaged."""
+def read_state(file: Path, **kinds: type) -> dict[str, Any]:
+    """Empty where there is no file. kinds: of some fields, by name.
+
+    Raises ValueError naming what is damaged.
+    """
     state = read_json(file) if file.is_file() else {}
     for name, kind in kinds.items():
         if name in state:
@@ -167,11 +180,6 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
                 finally:
                     path.unlink(missing_ok=True)
                 return
-
-
-def _short(value: Any) -> str:
-    """Of a digest, what tells it apart."""
-    return repr(value[:12] if isinstance(value, str) and len(value) == 64 else value)
 
 
 def _follow_no_link(path: str, flags: int) -> int:

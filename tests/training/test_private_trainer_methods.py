@@ -65,6 +65,11 @@ def test_a_private_method_exists_takes_what_is_passed_and_is_used_by_the_trainer
             check_takes(getattr(HookedTrainer, name), call)
 
 
+def test_the_learning_rate_of_a_step_is_passed_by_name():
+    for call in calls(Trainer, "_maybe_log_save_evaluate"):
+        assert "learning_rate" in [keyword.arg for keyword in call.keywords]
+
+
 def test_there_are_no_others():
     assert {"_save_checkpoint", "_get_train_sampler"} < set(RELIED_ON)
     hooks = {name for name in vars(HookedTrainer) if not name.startswith("_")}

@@ -129,14 +129,14 @@ def test_a_sealed_state_shows_every_damage(tmp_path):
 def test_all_fields_that_differ_are_named_and_digests_cut(make, tmp_path):
     directory = make(tmp_path)
     there = {"same": 1, "seed": 0, "sha256": "a" * 64}
-    now = {"same": 1, "seed": 3, "sha256": "b" * 64, "new": None}
+    now = {"same": 1, "seed": 3, "sha256": "b" * 64, "new": 5}
     message = (
-        rf"^{directory.option} {tmp_path} is stale: seed: 0 there, 3 now; "
-        rf"sha256: '{'a' * 12}' there, '{'b' * 12}' now\. Choose another directory, or leave it\.$"
+        f"^{directory.option} {tmp_path} is stale: new: {directory.absent!r} there, 5 now; seed: 0 there, "
+        f"3 now; sha256: '{'a' * 12}' there, '{'b' * 12}' now. Choose another directory, or {directory.remedy}.$"
     )
     with pytest.raises(ValueError, match=message):
-        directory.check_same(there, now, problem="is stale:", remedy="leave it")
-    directory.check_same(now, now, problem="")
+        directory.check_same(there, now, "is stale:")
+    directory.check_same(now, now, "")
 
 
 def test_other_processes_of_a_run_touch_nothing(tmp_path):
