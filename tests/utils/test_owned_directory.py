@@ -130,9 +130,13 @@ def test_all_fields_that_differ_are_named_and_digests_cut(make, tmp_path):
     directory = make(tmp_path)
     there = {"same": 1, "seed": 0, "sha256": "a" * 64}
     now = {"same": 1, "seed": 3, "sha256": "b" * 64, "new": 5}
+    differing = (
+        f"new: {directory.absent!r} there, 5 now; seed: 0 there, 3 now; "
+        f"sha256: '{'a' * 12}' there, '{'b' * 12}' now"
+    )
     message = (
-        f"^{directory.option} {tmp_path} is stale: new: {directory.absent!r} there, 5 now; seed: 0 there, "
-        f"3 now; sha256: '{'a' * 12}' there, '{'b' * 12}' now. Choose another directory, or {directory.remedy}.$"
+        f"^{directory.option} {tmp_path} is stale: {differing}. "
+        f"Choose another directory, or {directory.remedy}.$"
     )
     with pytest.raises(ValueError, match=message):
         directory.check_same(there, now, "is stale:")
