@@ -71,7 +71,7 @@ def computed(monkeypatch, tmp_path_factory):
 def real_model(tmp_path_factory):
     """The directory of SmolLM2-135M-Instruct, converted once for all workers; not to be changed."""
     from softprompt_fast.base_model.smollm2 import smollm2
-    from softprompt_fast.utils.files import locked
+    from softprompt_fast.utils.owned_directory import locked
 
     shared = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..training.signals import StopOnSignal
+from ..training.callbacks import StopOnSignal
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
 from ..training.arguments import SoftPromptTrainingArguments
-from ..training.signals import StopOnSignal
+from ..training.callbacks import StopOnSignal
 from ..utils.console import closest
 from ..utils.errors import OptionError
 from .command import Command, Invocation

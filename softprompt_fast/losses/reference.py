@@ -7,7 +7,6 @@ floating dtype: float64 stays float64, everything else is computed in float32.
 from __future__ import annotations
 
 import math
-
 from typing import Any
 
 import torch

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,16 +16,14 @@ from ..student.model import SoftPromptModel
 from ..student.soft_prompt import SoftPrompt, SoftPromptConfig
 from ..teacher.cache import TeacherCache
 from ..training.arguments import SoftPromptTrainingArguments, TrainOptions
+from ..training.callbacks import StopOnSignal
 from ..training.run import train_prompt
 from ..training.run_directory import EVALUATION_FILE, RunDirectory, facts_of_run
-from ..training.setup import Data, Lessons, load, open_directory, teach
-from ..training.signals import StopOnSignal
+from ..training.setup import Data, Lessons, load, owned_directory, teach
 from ..utils.console import progress, say
 from ..utils.files import write_json
-from .curve import compression_curve, is_measured
-
-CURVE_FILE, PICTURE_FILE = "sweep.json", "sweep.png"
-CACHE_DIRECTORY = "teacher_cache"
+from .curve import is_measured
+from .directory import SweepDirectory
 
 
 @dataclass(kw_only=True, eq=False)
@@ -42,28 +42,36 @@ class Run:
         return self.directory.path
 
 
-def open_run(
+@contextmanager
+def owned_run(
     options: TrainOptions,
     config: SoftPromptConfig,
     args: SoftPromptTrainingArguments,
     changed: dict[str, Any],
     data: Data,
     facts: dict[str, Any],
-) -> Run:
+) -> Iterator[Run]:
     """changed: what the user gave. facts: what its report says if it is one of this sweep."""
-    directory = open_directory(options, args, data, changed)
-    is_done = directory.is_finished and is_measured(directory.path, facts)
-    return Run(options=options, config=config, args=args, directory=directory, is_measured=is_done)
+    with owned_directory(options, args, data, changed) as directory:
+        is_done = directory.is_finished and is_measured(directory.path, facts)
+        yield Run(
+            options=options, config=config, args=args, directory=directory, is_measured=is_done
+        )
 
 
-def finish_runs(runs: list[Run], data: Data, facts: dict[str, Any], stop: StopOnSignal) -> int:
+def finish_runs(
+    runs: list[Run],
+    data: Data,
+    facts: dict[str, Any],
+    directory: SweepDirectory,
+    stop: StopOnSignal,
+) -> int:
     """Train and measure what is left; the exit code."""
     left = [run for run in runs if not run.is_measured]
     # The teacher keeps what serves all, finished ones too: then its cache stays the same.
     most = max(runs, key=lambda run: run.args.needs_teacher_states)
     options, args = most.options, most.args
-    directory = most.path.parent
-    cache = TeacherCache(options.teacher_cache or directory / CACHE_DIRECTORY)
+    cache = TeacherCache(options.teacher_cache or directory.teacher_cache)
     model, tokenizer = load(options, args)
     untrained = []
     for run in left:
@@ -90,8 +98,8 @@ def finish_runs(runs: list[Run], data: Data, facts: dict[str, Any], stop: StopOn
     for run in untrained:
         run.directory.start()
     if options.overwrite_output_dir:
-        (directory / PICTURE_FILE).unlink(missing_ok=True)
-    write_curve(runs, directory)
+        directory.picture.unlink(missing_ok=True)
+    directory.write_curve(paths_of_measured(runs))
     for number, run in enumerate(left, 1):
         progress(f"{run.path.name}, {number} of {len(left)} runs that are left")
         if lessons is not None and run in untrained:
@@ -100,7 +108,7 @@ def finish_runs(runs: list[Run], data: Data, facts: dict[str, Any], stop: StopOn
             if code:
                 return code
         _measure(run, evaluation, facts)
-        write_curve(runs, directory)
+        directory.write_curve(paths_of_measured(runs))
     return 0
 
 
@@ -127,7 +135,5 @@ def _measure(run: Run, evaluation: Evaluation, facts: dict[str, Any]) -> None:
     )
 
 
-def write_curve(runs: list[Run], directory: Path) -> dict[str, Any]:
-    curve = compression_curve([run.path for run in runs if run.is_measured])
-    write_json(directory / CURVE_FILE, curve)
-    return curve
+def paths_of_measured(runs: list[Run]) -> list[Path]:
+    return [run.path for run in runs if run.is_measured]

@@ -10,61 +10,35 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..teacher.facts import differing_facts
-from ..utils.files import (
-    check_free,
-    leftovers,
-    locked,
-    make_writable,
-    named_failures,
-    read_json,
-    sync_directory,
-    write_bytes,
-    write_json,
-)
+from ..utils.files import named_failures, sync_directory, write_bytes
+from ..utils.owned_directory import OwnedDirectory, read_state
 
 STATE_FILE = "synthesis.json"
 JOURNAL_FILE = "queries.partial.jsonl"
 TRAIN_FILE = "train.jsonl"
 HELDOUT_FILE = "heldout.jsonl"
-LOCK_FILE = ".lock"
 FORMAT_VERSION = 1
 
 
-class SynthesisDirectory:
-    """Made before the model loads: whatever is wrong with the directory is said at once."""
+class SynthesisDirectory(OwnedDirectory):
+    what = "of softprompt-fast synthesize"
+    holds = "queries"
+    use = "writes queries"
+    state_file = STATE_FILE
+    files = (TRAIN_FILE, HELDOUT_FILE)
 
     def __init__(self, path: str | os.PathLike[str], options: dict[str, Any]) -> None:
-        """options: JSON values, all that the result depends on besides the model's content.
-
-        Raises OSError if the directory cannot be written to.
-        """
-        self.path = Path(path)
-        self.options = options
+        """options: JSON values, all that the result depends on besides the model's content."""
+        super().__init__(path, options)
         self.entries: list[dict[str, Any]] = []
         """What the journal holds."""
-        make_writable("output_dir", self.path)
-
-    @contextmanager
-    def owned(self) -> Iterator[None]:
-        """Raises ValueError if the directory is in use, or holds something else."""
-        self._check_free()
-        with locked(self.path / LOCK_FILE, wait=False) as is_ours:
-            if not is_ours:
-                raise ValueError(
-                    f"output_dir {self.path} is in use: another process writes queries there"
-                )
-            self._check_same("options", self.options)
-            yield
 
     @property
     def is_finished(self) -> bool:
-        state = self._state()
+        state = self.read_state()
         files = (self.path / str(name) for name in state.get("files", []))
         return state.get("status") == "finished" and all(file.is_file() for file in files)
 
@@ -73,10 +47,10 @@ class SynthesisDirectory:
 
         Raises ValueError if what is there was written by another model, or is damaged.
         """
-        self._check_same("model", facts)
-        names = (STATE_FILE, TRAIN_FILE, HELDOUT_FILE)
-        for temporary in leftovers(self.path, names):
-            temporary.unlink()
+        self.check_same(
+            self.read_state().get("model", facts), facts, "holds queries by another model:"
+        )
+        self.remove_leftovers()
         self._write("writing", model=facts)
         self._read_journal()
 
@@ -119,30 +93,12 @@ class SynthesisDirectory:
         """Nobody needs the journal of a result that is whole."""
         (self.path / JOURNAL_FILE).unlink(missing_ok=True)
 
-    def _check_free(self) -> None:
-        ours = [LOCK_FILE, *(path.name for path in leftovers(self.path, [STATE_FILE]))]
-        check_free(self.path, ours=ours, mark=STATE_FILE, what="of softprompt-fast synthesize")
-
-    def _check_same(self, name: str, now: dict[str, Any]) -> None:
-        differing = differing_facts(self._state().get(name, now), now)
-        if differing:
-            what = {"options": "with other options", "model": "by another model"}[name]
-            raise ValueError(
-                f"output_dir {self.path} holds queries {what}: {'; '.join(differing)}. "
-                "Choose another directory, or delete this one."
-            )
-
-    def _state(self) -> dict[str, Any]:
-        file = self.path / STATE_FILE
-        state = read_json(file) if file.is_file() else {}
-        for name, kind in (("options", dict), ("model", dict), ("files", list)):
-            if not isinstance(state.get(name, kind()), kind):
-                raise ValueError(f"{file} is damaged: {name} must be of type {kind.__name__}.")
-        return state
+    def read_state(self) -> dict[str, Any]:
+        return read_state(self.path / STATE_FILE, options=dict, model=dict, files=list)
 
     def _write(self, status: str, **facts: Any) -> None:
         state = {"format_version": FORMAT_VERSION, "status": status, "options": self.options}
-        write_json(self.path / STATE_FILE, {**state, **facts})
+        self.write_state({**state, **facts})
 
     def _read_journal(self) -> None:
         """A last line that is not whole was being written when the process died: it goes."""

@@ -16,10 +16,10 @@ from ..data.queries import Query, teacher_ids, text_ids, tokenize_answer, tokeni
 from ..teacher.teacher import Teacher
 from .directory import SynthesisDirectory
 from .kinds import EXAMPLES, KINDS, asking_for
-from .plan import Plan, Visit, number_of
+from .plan import QueryPlan, Visit, number_of
 
 
-def write_queries(plan: Plan, writer: Writer, directory: SynthesisDirectory) -> None:
+def write_queries(plan: QueryPlan, writer: Writer, directory: SynthesisDirectory) -> None:
     """Fill the plan: first with what the directory holds, then with what is kept there.
 
     Raises ValueError if what it holds is not of this plan.

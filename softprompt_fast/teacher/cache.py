@@ -10,7 +10,6 @@ No file's content names another file.
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Sequence
@@ -21,15 +20,16 @@ from typing import Any
 from ..base_model.fsdp import any_process_has, in_lockstep, is_sharded
 from ..data.queries import Query
 from ..utils.console import progress
-from ..utils.files import leftovers, locked, make_writable, sync_directory, write_bytes
+from ..utils.files import leftovers, sync_directory
+from ..utils.owned_directory import OwnedDirectory, locked
+from ..utils.sealed import DamagedFile
 from .answers import Answer, SketchOptions
-from .cache_files import MAX_HEADER, UNSEALED, DamagedFile, is_sealed, read_shard, seal, write_shard
-from .facts import differing_facts, queries_sha256
+from .cache_files import read_shard, write_shard
+from .facts import queries_sha256
 from .teacher import Reading, Teacher
 
 FACTS_FILE = "teacher_cache.json"
 POLL_SECONDS = 0.1
-OURS = (FACTS_FILE, "shard-", f".{FACTS_FILE}", ".shard-")
 
 
 @dataclass(kw_only=True)
@@ -45,21 +45,19 @@ class _Shard:
         return self.path.with_name(f".{self.path.name}.lock")
 
 
-class TeacherCache:
-    """May be shared by any number of processes at once; together they compute each shard once."""
+class TeacherCache(OwnedDirectory):
+    """May be shared by any number of processes at once; together they compute each shard once.
 
-    def __init__(self, directory: str | os.PathLike[str]) -> None:
-        """Raises OSError if ``directory`` cannot be written to, and ValueError if it holds
-        something else."""
-        self.path = Path(directory)
-        make_writable("teacher_cache", self.path)
-        names = sorted(path.name for path in self.path.iterdir())
-        others = [name for name in names if not name.startswith(OURS)]
-        if others and FACTS_FILE not in names:
-            raise ValueError(
-                f"teacher_cache {self.path} is occupied: it holds {others[0]!r} and no "
-                f"{FACTS_FILE}. Choose another directory."
-            )
+    A process owns it while it compares the facts. Each shard has a lock of its own.
+    """
+
+    option = "teacher_cache"
+    what = "a teacher cache"
+    use = "works"
+    state_file = FACTS_FILE
+    is_sealed = True
+    early = r"\.?(teacher_cache\.json|shard-).*"
+    lock_file = f".{FACTS_FILE}.lock"
 
     def answers(
         self,
@@ -142,25 +140,17 @@ class TeacherCache:
     def _claim(self, facts: dict[str, Any]) -> None:
         """Raises ValueError if the directory is another teacher's; else makes it this one's."""
         path = self.path / FACTS_FILE
-        with locked(self.path / f".{FACTS_FILE}.lock"):
-            for temporary in leftovers(self.path, [FACTS_FILE]):
-                temporary.unlink()
+        with self.owned(wait=True):
+            self.remove_leftovers()
             if os.path.lexists(path):
                 try:
-                    return self._check_facts(path, read_facts(path), facts)
+                    return self._check_facts(path, self.read_state()["facts"], facts)
                 except DamagedFile as error:
                     self._set_aside(path, error)
-            text = json.dumps({"facts": facts, "seal": UNSEALED}, indent=2, sort_keys=True) + "\n"
-            write_bytes(path, seal(text.encode()))
-            return None
+            return self.write_state({"facts": facts})
 
     def _check_facts(self, path: Path, there: dict[str, Any], now: dict[str, Any]) -> None:
-        differing = differing_facts(there, now)
-        if differing:
-            raise ValueError(
-                f"teacher_cache {self.path} is stale: {path.name} was made with "
-                f"{'; '.join(differing)}. Choose another directory, or delete this one."
-            )
+        self.check_same(there, now, f"is stale: {path.name} was made with")
 
     def _set_aside(self, path: Path, error: DamagedFile) -> None:
         aside = path.with_name(f"{path.name}.damaged")
@@ -171,15 +161,3 @@ class TeacherCache:
         os.rename(path, aside)
         sync_directory(self.path)
         progress(f"{error}. It is kept as {aside.name}, and made again.")
-
-
-def read_facts(path: Path) -> dict[str, Any]:
-    """Raises DamagedFile."""
-    if path.is_symlink() or not path.is_file():
-        raise DamagedFile(f"{path} is damaged: it is not a plain file")
-    with open(path, "rb") as file:
-        data = file.read(MAX_HEADER)
-    if not is_sealed(data):
-        size = path.stat().st_size
-        raise DamagedFile(f"{path} is damaged: its bytes, 0 to {size}, are not as written")
-    return json.loads(data)["facts"]

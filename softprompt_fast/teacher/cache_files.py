@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,19 +22,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from ..utils.files import refuse_pickle, write_bytes
+from ..utils.sealed import MAX_SEALED, UNSEALED, DamagedFile, check_is_plain_file, is_sealed, seal
 from .answers import Answer, pack, unpack
 from .facts import tensor_bytes
 
 ENTRY = "softprompt_fast"
-UNSEALED = "0" * 64
-SEAL = re.compile(rb'seal\\?": ?\\?"([0-9a-f]{64})\\?"')
-# Ours take 3 kB: a length beyond this is damage, whatever the size of the file.
-MAX_HEADER = 2**20
 BLOCK = 2**20
-
-
-class DamagedFile(ValueError):
-    """A file is not what was written. The message begins with its path."""
 
 
 def write_shard(path: Path, answers: Sequence[Answer], queries: str, facts: dict[str, Any]) -> None:
@@ -71,26 +63,9 @@ def read_shard(
     return unpack(tensors, entry["facts"])
 
 
-def seal(data: bytes) -> bytes:
-    """``data`` with its own digest in the place of the 64 zeros behind "seal"."""
-    (place,) = SEAL.finditer(data)
-    digest = hashlib.sha256(data).hexdigest().encode()
-    return data[: place.start(1)] + digest + data[place.end(1) :]
-
-
-def is_sealed(data: bytes) -> bool:
-    """Whether ``data`` is what ``seal`` returned, to the bit."""
-    place = SEAL.search(data)
-    if place is None:
-        return False
-    unsealed = data[: place.start(1)] + UNSEALED.encode() + data[place.end(1) :]
-    return hashlib.sha256(unsealed).hexdigest().encode() == place[1]
-
-
 def _header(path: Path) -> tuple[dict[str, Any], int]:
     """The header, known to be ours, and where the tensors start."""
-    if path.is_symlink() or not path.is_file():
-        raise DamagedFile(f"{path} is damaged: it is not a plain file")
+    check_is_plain_file(path)
     try:
         refuse_pickle(path)
     except ValueError as error:
@@ -99,7 +74,7 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
     with open(path, "rb") as file:
         length = file.read(8)
         start = 8 + int.from_bytes(length, "little")
-        if start > min(size, 8 + MAX_HEADER):
+        if start > min(size, 8 + MAX_SEALED):
             raise DamagedFile(
                 f"{path} is damaged: its header claims {start - 8} bytes at byte 0, in a file of "
                 f"{size}"

@@ -63,19 +63,6 @@ def teacher_facts(
     }
 
 
-def differing_facts(there: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """One text for each, with digests cut to what tells them apart."""
-
-    def short(value: Any) -> str:
-        return repr(value[:12] if isinstance(value, str) and len(value) == 64 else value)
-
-    return [
-        f"{name}: {short(there.get(name))} there, {short(now.get(name))} now"
-        for name in sorted(there.keys() | now.keys())
-        if there.get(name) != now.get(name)
-    ]
-
-
 def weights_sha256(model: PreTrainedModel) -> str:
     """Of every byte of every parameter and buffer, with their names, shapes and dtypes."""
     digest = hashlib.sha256()

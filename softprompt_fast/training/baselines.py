@@ -20,7 +20,7 @@ from .trainer import SoftPromptTrainer
 SAMPLE = 32
 
 
-class Yardstick:
+class Baselines:
     """The objective's loss on some training queries, for the training log.
 
     All processes of a run use it together, and get the same numbers.
@@ -89,5 +89,7 @@ class Yardstick:
     def _loss(self, hidden: Tensor, teacher: Tensor | TeacherSketch) -> float:
         device = self.trainer.model.head.weight.device
         targets = torch.tensor([i for example in self.examples for i in example.answer.ids])
-        total = self.trainer._objective(hidden.to(device), targets.to(device), teacher.to(device))
+        total = self.trainer.summed_objective(
+            hidden.to(device), targets.to(device), teacher.to(device)
+        )
         return total.item() / len(targets)

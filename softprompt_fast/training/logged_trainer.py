@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import Trainer
 from transformers.trainer_utils import TrainOutput
 
 from .log import TRAINING_LOG_FILE, StepRecorder, TrainingLog
+from .trainer_hooks import HookedTrainer
 
 
-class LoggedTrainer(Trainer):
+class LoggedTrainer(HookedTrainer):
     """Fills ``training_log`` without making the host wait for the device at other times than it
     does anyway: when the Trainer logs, when it saves, and at the end."""
 
@@ -42,14 +42,10 @@ class LoggedTrainer(Trainer):
         self._recorder.add_loss(loss)
         return loss
 
-    def _maybe_log_save_evaluate(
-        self, tr_loss: Any, grad_norm: Any, *args: Any, **options: Any
-    ) -> None:
-        """Called after every step, and once more after an epoch."""
-        self._recorder.end_step(self.state.global_step, grad_norm, options["learning_rate"])
+    def end_step(self, grad_norm: Tensor | float, learning_rate: float) -> None:
+        self._recorder.end_step(self.state.global_step, grad_norm, learning_rate)
         if self.control.should_log:
             self.read_training_log()
-        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **options)
 
     def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
         if self.is_in_train and "eval_loss" in logs:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, set_seed
 
 from ..base_model.loading import load_model
 from ..base_model.output_head import OutputHead
 from ..data.records import Record, read_jsonl, read_text
+from ..student.model import SoftPromptModel
+from ..student.soft_prompt import SoftPrompt, SoftPromptConfig
 from ..teacher.cache import TeacherCache
 from ..teacher.examples import TrainingExample, check_contexts, count_cut, make_examples
 from ..teacher.teacher import Teacher
@@ -75,10 +81,15 @@ def read_data(options: TrainOptions) -> Data:
     )
 
 
-def open_directory(
+@contextmanager
+def owned_directory(
     options: TrainOptions, args: SoftPromptTrainingArguments, data: Data, changed: dict[str, Any]
-) -> RunDirectory:
-    """The output directory of a run whose user gave the options ``changed``."""
+) -> Iterator[RunDirectory]:
+    """The output directory of a run whose user gave the options ``changed``.
+
+    Raises OSError if it cannot be written to, and ValueError if it is in use, holds something
+    else, or a run with other options.
+    """
     inputs = run_inputs(options)
     decisive = {name: value for name, value in changed.items() if name not in FREE_OPTIONS}
     decisive["model"] = inputs["model"]
@@ -88,14 +99,33 @@ def open_directory(
     if args.world_size > 1:
         # They share out a batch, or each reads one: a run goes on with as many as it began with.
         decisive["num_processes"] = args.world_size
-    with args.main_process_first(local=False):
-        return RunDirectory(
-            args.output_dir or "",
-            decisive,
-            inputs=inputs,
-            overwrite=options.overwrite_output_dir,
-            owner=args.process_index == 0,
-        )
+    with ExitStack() as stack:
+        with args.main_process_first(local=False):
+            directory = RunDirectory(
+                args.output_dir or "",
+                decisive,
+                inputs=inputs,
+                overwrite=options.overwrite_output_dir,
+                is_owner=args.process_index == 0,
+            )
+            stack.enter_context(directory.owned())
+        yield directory
+
+
+def prepare(
+    options: TrainOptions,
+    config: SoftPromptConfig,
+    args: SoftPromptTrainingArguments,
+    data: Data,
+) -> tuple[SoftPromptModel, Lessons]:
+    """The model with a new soft prompt, and what it is to learn."""
+    if args.world_size > 1:
+        atexit.register(_leave_process_group)
+    cache = None if options.teacher_cache is None else TeacherCache(options.teacher_cache)
+    model, tokenizer = load(options, args)
+    prompt = SoftPrompt.from_model(model, tokenizer, config, data.first_context)
+    lessons = teach(model, tokenizer, options, args, data, cache)
+    return SoftPromptModel(model, prompt), lessons
 
 
 def load(options: TrainOptions, args: SoftPromptTrainingArguments) -> tuple[PreTrainedModel, Any]:
@@ -145,6 +175,12 @@ def teach(
         is_online=store.kind == "online",
         cut_answers=count_cut(data.records, train_set, teacher),
     )
+
+
+def _leave_process_group() -> None:
+    """Without it, processes that end one after another may abort each other."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def run_inputs(options: TrainOptions) -> dict[str, Any]:

@@ -7,41 +7,31 @@ the prompt, never the frozen base.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.trainer_utils import EvalLoopOutput
 
 from .. import losses
 from ..base_model.fsdp import in_lockstep, sharded_parameters
 from ..losses.sketch import TeacherSketch
 from ..student.collator import IGNORE
 from ..student.model import SoftPromptModel, scaled
-from ..student.soft_prompt import SoftPrompt
 from ..teacher.examples import TrainingExample
 from ..teacher.teacher import Reading, Teacher
 from .arguments import SoftPromptTrainingArguments
-from .checkpoints import (
-    last_good_checkpoint,
-    rotate_checkpoints,
-    verify_checkpoint,
-    write_manifest,
-)
+from .checkpointed_trainer import CheckpointedTrainer
 from .distributed_batches import own_share, shared_loader
-from .log import TRAINING_LOG_FILE
-from .logged_trainer import LoggedTrainer
 from .preflight import check_examples
 
 Datasets = Sequence[TrainingExample] | dict[str, Sequence[TrainingExample]]
 
 
-class SoftPromptTrainer(LoggedTrainer):
+class SoftPromptTrainer(CheckpointedTrainer):
     """Trains ``model.prompt`` on ``TrainingExample`` lists."""
 
     model: SoftPromptModel
@@ -94,26 +84,6 @@ class SoftPromptTrainer(LoggedTrainer):
             model, sharded_parameters(model)
         )
 
-    def train(
-        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **options: Any
-    ) -> TrainOutput:
-        """resume_from_checkpoint: True takes the last good checkpoint of ``args.output_dir``.
-
-        Raises ValueError if there is none, or if the one that is named is damaged, and
-        FloatingPointError if the loss is not finite.
-        """
-        if resume_from_checkpoint is True:
-            found = last_good_checkpoint(str(self.args.output_dir))
-            if found is None:
-                raise ValueError(f"{self.args.output_dir} holds no good checkpoint to resume from.")
-            resume_from_checkpoint = str(found)
-        return super().train(resume_from_checkpoint, *args, **options)
-
-    def _run_epoch(self, *args: Any, **options: Any) -> None:
-        """A run that was killed after its last save has no step left; Trainer would do another."""
-        if self.state.global_step < self.state.max_steps:
-            super()._run_epoch(*args, **options)
-
     def compute_loss(
         self,
         model: torch.nn.Module,
@@ -145,7 +115,7 @@ class SoftPromptTrainer(LoggedTrainer):
             return super().get_train_dataloader()
         return shared_loader(
             cast(Any, self.train_dataset),
-            self._get_train_sampler(),
+            self.train_sampler(),
             self.data_collator,
             args,
             self.accelerator,
@@ -180,7 +150,7 @@ class SoftPromptTrainer(LoggedTrainer):
         for start in range(0, len(dataset), step):
             examples = [dataset[i] for i in range(start, min(start + step, len(dataset)))]
             batch = own_share(self.data_collator, args.process_index, args.world_size, examples)
-            inputs = cast(dict[str, Any], self._prepare_inputs(batch))
+            inputs = self.prepare_inputs(batch)
             with torch.no_grad():
                 total += self._summed_loss(self.model, inputs).item()
             tokens += int((inputs["labels"] != IGNORE).sum())
@@ -211,7 +181,7 @@ class SoftPromptTrainer(LoggedTrainer):
             hidden = model(**inputs, gradient_scale=gradient_scale)
         if self.teacher is not None:
             teacher = hidden.detach()[:0] if teacher is None else teacher.to(hidden.device)
-        total = self._objective(hidden, labels[labels != IGNORE], teacher)
+        total = self.summed_objective(hidden, labels[labels != IGNORE], teacher)
         if not torch.isfinite(total):
             raise FloatingPointError(
                 f"The loss is {total.item()} at step {self.state.global_step}, on: "
@@ -231,7 +201,7 @@ class SoftPromptTrainer(LoggedTrainer):
         )
         return torch.cat([cast(Tensor, answer.hidden) for answer in answers])
 
-    def _objective(
+    def summed_objective(
         self, hidden: Tensor, targets: Tensor, teacher: Tensor | TeacherSketch | None
     ) -> Tensor:
         """Summed over T tokens.    hidden: [T, D]    targets: [T]    teacher: over [T]"""
@@ -251,42 +221,3 @@ class SoftPromptTrainer(LoggedTrainer):
         return impl.linear_distill(
             hidden, head.weight, targets, teacher, alpha=args.alpha, beta=args.beta, **options
         )
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """The prompt alone: no base model, and no pickle of the arguments."""
-        if self.args.should_save:
-            self.model.prompt.save_pretrained(str(output_dir or self.args.output_dir))
-
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
-        log = self.read_training_log()
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            run_dir = Path(self._get_output_dir(trial=trial))
-            checkpoint = run_dir / f"checkpoint-{self.state.global_step}"
-            log.write(checkpoint / TRAINING_LOG_FILE)
-            write_manifest(checkpoint)
-            rotate_checkpoints(run_dir, limit, self.state.best_model_checkpoint)
-
-    def _load_from_checkpoint(
-        self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
-    ) -> None:
-        verify_checkpoint(resume_from_checkpoint)
-        self._load_prompt(resume_from_checkpoint)
-        self.load_training_log(Path(resume_from_checkpoint))
-
-    def _load_best_model(self) -> None:
-        self._load_prompt(str(self.state.best_model_checkpoint))
-
-    def _load_prompt(self, directory: str | os.PathLike[str]) -> None:
-        ours, saved = self.model.prompt, SoftPrompt.from_pretrained(directory, self.model.base)
-        if saved.config != ours.config:
-            raise ValueError(
-                f"{directory} holds another kind of soft prompt: {saved.config}; "
-                f"this run trains {ours.config}."
-            )
-        ours.load_state_dict(saved.state_dict())

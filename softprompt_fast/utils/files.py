@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -53,19 +52,6 @@ def make_writable(name: str, path: Path) -> None:
         raise OSError(f"cannot write to {name} {path}: {error.strerror}") from error
 
 
-def check_free(path: Path, *, ours: Iterable[str], mark: str, what: str) -> None:
-    """Raises ValueError if output_dir holds something, and not the file ``mark`` of ``what``.
-
-    ours: names that are there before that file is.
-    """
-    others = sorted({file.name for file in path.iterdir()} - set(ours))
-    if others and mark not in others:
-        raise ValueError(
-            f"output_dir {path} is occupied: it holds {others[0]!r} and no {mark}, so it is not "
-            f"{what}. Choose another directory."
-        )
-
-
 @contextmanager
 def new_directory(name: str, path: str) -> Iterator[Path]:
     """A directory to fill. At the end of the block it is ``path``; with an error, nothing is there.
@@ -89,41 +75,6 @@ def new_directory(name: str, path: str) -> Iterator[Path]:
         sync_directory(target.parent)
     finally:
         shutil.rmtree(filling, ignore_errors=True)
-
-
-@contextmanager
-def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Whether this process holds the lock ``path``, which it lets go at the end of the block.
-
-    The system lets it go for a process that dies. The file goes with the lock.
-    Raises OSError if ``path`` is a symbolic link.
-    """
-    while True:
-        # Neither what a link leads to nor what lies here is touched.
-        with open(path, "a", opener=_follow_no_link) as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                yield False
-                return
-            # Its last owner may have deleted it while we waited: then it keeps nobody out.
-            if _lies_at(path, file.fileno()):
-                try:
-                    yield True
-                finally:
-                    path.unlink(missing_ok=True)
-                return
-
-
-def _follow_no_link(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW, mode=0o666)
-
-
-def _lies_at(path: Path, descriptor: int) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 @contextmanager

@@ -18,9 +18,9 @@ from toy_run import QUESTIONS, start, train_flags, wait_for, write_lines
 from softprompt_fast.cli import saved_prompt
 from softprompt_fast.cli.config_file import config_arguments
 from softprompt_fast.cli.main import main
+from softprompt_fast.training.callbacks import StopOnSignal
 from softprompt_fast.training.checkpoints import last_good_checkpoint
 from softprompt_fast.training.run_directory import RunDirectory
-from softprompt_fast.training.signals import StopOnSignal
 from softprompt_fast.training.trainer import SoftPromptTrainer
 from softprompt_fast.utils.console import printable
 
@@ -466,10 +466,9 @@ def test_an_output_directory_that_cannot_be_written(run, tmp_path, no_model):
 
 
 def test_an_output_directory_in_use(run, tmp_path, no_model):
-    holder = RunDirectory(tmp_path / "run", {}, inputs={}, overwrite=False)
-    message = error_of(run(*no_model()))
+    with RunDirectory(tmp_path / "run", {}, inputs={}, overwrite=False).owned():
+        message = error_of(run(*no_model()))
     assert message == f"output_dir {tmp_path / 'run'} is in use: another process trains there"
-    assert holder.path.is_dir()
 
 
 def test_bad_data(run, tmp_path, no_model):

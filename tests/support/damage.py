@@ -13,8 +13,9 @@ from pathlib import Path
 
 from toy_cache import CachedToy, contents
 
-from softprompt_fast.teacher.cache import FACTS_FILE, read_facts
-from softprompt_fast.teacher.cache_files import DamagedFile, read_shard
+from softprompt_fast.teacher.cache import FACTS_FILE
+from softprompt_fast.teacher.cache_files import read_shard
+from softprompt_fast.utils.sealed import DamagedFile, read_sealed_json
 
 
 def flip_bits(
@@ -56,7 +57,7 @@ def cut(toy: CachedToy, directory: Path) -> tuple[int, list[str]]:
     lengths, problems = 0, []
     for path in directory.iterdir():
         if path.name == FACTS_FILE:
-            read = read_facts
+            read = read_sealed_json
         else:
             (digest,) = (digest for digest in toy.digests if digest[:32] in path.name)
             read = partial(read_shard, queries=digest, check_facts=lambda facts: None)

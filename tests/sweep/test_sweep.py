@@ -20,7 +20,7 @@ from softprompt_fast.sweep.plot import curve_picture
 from softprompt_fast.sweep.table import curve_table
 from softprompt_fast.teacher.teacher import Teacher
 from softprompt_fast.training import setup as training_setup
-from softprompt_fast.training.signals import StopOnSignal
+from softprompt_fast.training.callbacks import StopOnSignal
 
 RUNS = ["nll_P2", "kl_P2", "nll_P4", "kl_P4"]
 STEPS = {"max_steps": 2, "save_steps": 1}

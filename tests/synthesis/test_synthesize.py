@@ -31,9 +31,9 @@ from softprompt_fast.synthesis.filters import (
     trigrams,
 )
 from softprompt_fast.synthesis.kinds import KINDS
-from softprompt_fast.synthesis.plan import DRY, MOST_TEXTS, Plan, Visit
+from softprompt_fast.synthesis.plan import DRY, MOST_TEXTS, QueryPlan, Visit
 from softprompt_fast.synthesis.writer import Writer, completion
-from softprompt_fast.utils.files import locked
+from softprompt_fast.utils.owned_directory import locked
 
 # Chunks
 
@@ -172,7 +172,7 @@ def carry_out(plan, yields=lambda visit: True):
 
 def make_plan(num_chunks=3, num_queries=40, batch_size=8):
     chunks = [f"Spanner {index}" for index in range(num_chunks)]
-    return Plan(chunks, list(KINDS), num_queries=num_queries, batch_size=batch_size, seed=0)
+    return QueryPlan(chunks, list(KINDS), num_queries=num_queries, batch_size=batch_size, seed=0)
 
 
 @pytest.mark.parametrize("num_chunks", [1, 3, 60])

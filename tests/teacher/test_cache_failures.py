@@ -18,7 +18,7 @@ from killing import kill
 from torture import build_cache
 from toy_cache import NUM_SHARDS, contents, shards
 
-from softprompt_fast.utils.files import locked
+from softprompt_fast.utils.owned_directory import locked
 
 FORK = multiprocessing.get_context("fork")
 

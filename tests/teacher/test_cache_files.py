@@ -13,7 +13,8 @@ from damage import Evil
 from toy_cache import bits, contents, shards
 
 from softprompt_fast.teacher.cache import FACTS_FILE
-from softprompt_fast.teacher.cache_files import ENTRY, UNSEALED, seal
+from softprompt_fast.teacher.cache_files import ENTRY
+from softprompt_fast.utils.sealed import UNSEALED, seal
 
 
 def header(path) -> tuple[dict, int]:

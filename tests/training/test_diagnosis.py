@@ -17,7 +17,7 @@ from softprompt_fast.data.records import Record
 from softprompt_fast.evaluation.evaluate import evaluate
 from softprompt_fast.teacher.examples import make_examples as own_examples
 from softprompt_fast.teacher.teacher import Teacher
-from softprompt_fast.training.baselines import Yardstick
+from softprompt_fast.training.baselines import Baselines
 from softprompt_fast.training.diagnosis import diagnose, recovered
 from softprompt_fast.training.log import TRAINING_LOG_FILE, TrainingLog
 
@@ -142,12 +142,12 @@ def test_the_log_of_a_resumed_run_holds_all_steps(tmp_path):
 def measured(tmp_path, examples, model, **options):
     trainer = make_trainer(tmp_path, model=model, examples=examples, **options)
     teacher = Teacher(model, make_tokenizer(), show_progress=False)
-    yardstick = Yardstick(trainer, teacher, examples)
-    yardstick.measure_start()
-    return trainer, yardstick
+    baselines = Baselines(trainer, teacher, examples)
+    baselines.measure_start()
+    return trainer, baselines
 
 
-def test_the_yardstick_is_that_of_the_evaluation(tmp_path):
+def test_the_baselines_are_those_of_the_evaluation(tmp_path):
     model, tokenizer = make_model(), make_tokenizer()
     records = [
         Record(messages=[{"role": "user", "content": q}], completion=None, context=None, source=q)
@@ -177,9 +177,9 @@ def test_measuring_changes_no_bit_of_the_training(tmp_path):
     model = make_model()
     examples = make_examples(model)
     plain = trained(make_trainer(tmp_path, model=model, examples=examples))
-    trainer, yardstick = measured(tmp_path, examples, model)
+    trainer, baselines = measured(tmp_path, examples, model)
     assert torch.equal(trained(trainer)[0], plain[0])
     before = trainer.model.prompt.embedding.detach().clone()
-    yardstick.measure_end()
+    baselines.measure_end()
     assert torch.equal(trainer.model.prompt.embedding, before)
     assert trainer.training_log.loss_at_end < trainer.training_log.loss_at_start

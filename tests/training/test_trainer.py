@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 
 import softprompt_fast as spf
 from softprompt_fast.student.soft_prompt import SoftPrompt
+from softprompt_fast.training import checkpointed_trainer
 from softprompt_fast.training.checkpoints import last_good_checkpoint
 from softprompt_fast.training.trainer import SoftPromptTrainer, SoftPromptTrainingArguments
 
@@ -212,13 +213,13 @@ def test_a_checkpoint_of_another_prompt_is_refused(tmp_path):
 
 def test_rotation_waits_for_the_new_checkpoint_and_keeps_the_best(tmp_path, monkeypatch):
     seen = []
-    write_manifest = spf.trainer.write_manifest
+    write_manifest = checkpointed_trainer.write_manifest
 
     def spy(checkpoint):
         seen.append((checkpoint.name, sorted(path.name for path in tmp_path.iterdir())))
         write_manifest(checkpoint)
 
-    monkeypatch.setattr(spf.trainer, "write_manifest", spy)
+    monkeypatch.setattr(checkpointed_trainer, "write_manifest", spy)
     trainer = make_trainer(
         tmp_path,
         **(SAVING | dict(save_total_limit=2)),

@@ -1,19 +1,14 @@
 """The command ``sweep``: train for several lengths and objectives, and measure what comes of it.
 
 One model, one teacher and one evaluation serve all runs; each run is what ``train`` makes of the
-same flags, in a directory of its own:
-
-kl_P16/ ...      a run, with evaluation.json
-teacher_cache/   the teacher's work, unless it is kept elsewhere
-sweep.json       the compression curve, as far as it is known
-sweep.png        the same as a picture, at the end
+same flags, in a directory of its own.
 """
 
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,26 +16,15 @@ from rich.console import Console
 
 from ...student.soft_prompt import SoftPromptConfig
 from ...sweep.curve import SWEPT
-from ...sweep.plot import curve_picture
-from ...sweep.runs import (
-    CACHE_DIRECTORY,
-    CURVE_FILE,
-    PICTURE_FILE,
-    finish_runs,
-    open_run,
-    write_curve,
-)
+from ...sweep.directory import SweepDirectory
+from ...sweep.runs import Run, finish_runs, owned_run, paths_of_measured
 from ...sweep.table import curve_table
 from ...training.arguments import SoftPromptTrainingArguments, TrainOptions
 from ...training.preflight import check_arguments, check_data
 from ...training.setup import read_data
 from ...utils.console import say
 from ...utils.errors import OptionError
-from ...utils.files import check_free, leftovers, locked, make_writable, write_bytes
 from ..command import Command, Invocation
-
-LOCK_FILE = ".sweep.lock"
-RUN_NAME = re.compile(r".+_P\d+")
 
 
 def runs_of(values: dict[str, Any]) -> list[dict[str, Any]]:
@@ -88,38 +72,34 @@ def sweep(
         check_arguments(*call[:3])
     data = read_data(options)
     check_data(args, len(data.records))
-    directory = Path(args.output_dir or "").parent
-    make_writable("output_dir", directory)
-    _check_free(directory)
     facts = {
         "eval_file_sha256": data.digests["eval_file"],
         "max_new_tokens": options.max_new_tokens,
         "context_of_training": None if data.context is None else True,
     }
-    with locked(directory / LOCK_FILE, wait=False) as is_ours:
-        if not is_ours:
-            raise ValueError(f"output_dir {directory} is in use: another process sweeps there")
-        runs = [open_run(*call[:3], call[3].changed, data, facts) for call in calls]
-        is_done = all(run.is_measured for run in runs)
-        code = 0 if is_done else finish_runs(runs, data, facts, invocation.stop)
-        if code:
-            done = sum(run.is_measured for run in runs)
-            flag = " without --overwrite_output_dir" if options.overwrite_output_dir else ""
-            say(f"The sweep stops, with {done} of {len(runs)} runs measured.")
-            say(f"The same command{flag} goes on with the others.")
-            return code
-        curve = write_curve(runs, directory)
+    path = Path(args.output_dir or "").parent
+    with SweepDirectory(path).owned() as directory, ExitStack() as stack:
+        runs = [
+            stack.enter_context(owned_run(*call[:3], call[3].changed, data, facts))
+            for call in calls
+        ]
+        directory.remove_leftovers()
+        if any(not run.is_measured for run in runs):
+            code = finish_runs(runs, data, facts, directory, invocation.stop)
+            if code:
+                _say_how_to_go_on(runs, anew=options.overwrite_output_dir)
+                return code
+        curve = directory.write_curve(paths_of_measured(runs))
         Console().print(curve_table(curve))
-        write_bytes(directory / PICTURE_FILE, curve_picture(curve))
-        say(f"Written to {directory / CURVE_FILE}; look at {directory / PICTURE_FILE}")
+        directory.write_picture(curve)
+        say(f"Written to {directory.curve}; look at {directory.picture}")
     return 0
 
 
-def _check_free(directory: Path) -> None:
-    ours = [PICTURE_FILE, CACHE_DIRECTORY, LOCK_FILE]
-    ours += [path.name for path in leftovers(directory, (CURVE_FILE, PICTURE_FILE))]
-    ours += [path.name for path in directory.iterdir() if RUN_NAME.fullmatch(path.name)]
-    check_free(directory, ours=ours, mark=CURVE_FILE, what="a sweep of softprompt-fast")
+def _say_how_to_go_on(runs: list[Run], *, anew: bool) -> None:
+    flag = " without --overwrite_output_dir" if anew else ""
+    say(f"The sweep stops, with {len(paths_of_measured(runs))} of {len(runs)} runs measured.")
+    say(f"The same command{flag} goes on with the others.")
 
 
 COMMAND = Command(
