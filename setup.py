@@ -111,6 +111,6 @@ setup(
     ext_modules=extensions(),
     cmdclass={"build_ext": Build},
     packages=[*find_packages(include=["softprompt_fast*"]), "softprompt_fast.kernels"],
-    package_data={"": ["*.html", "*.pyi", "py.typed"]},
+    package_data={"": ["*.html", "*.pyi", "py.typed", "templates/*"]},
     package_dir={"softprompt_fast.kernels": "kernels"},
 )

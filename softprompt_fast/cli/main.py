@@ -5,13 +5,10 @@
 
 from __future__ import annotations
 
-import io
+# Nothing else is imported here: until ``main`` has the signals, Ctrl-C shows a traceback.
+import os
+import signal
 import sys
-from collections.abc import Mapping
-from typing import Any
-
-from ..utils.console import closest, complain
-from ..utils.errors import OptionError, is_out_of_memory
 
 COMMANDS = {
     "synthesize": "have the model write queries about a context, and answer them",
@@ -42,43 +39,70 @@ MEMORY_OPTIONS = (
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; the exit code. Errors that a user can mend become one message on stderr."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    """Run one command; the exit code. Errors that a user can mend become one message on stderr.
+
+    Without ``arguments`` it runs those of the process, and takes over the signals of the process.
+    """
+    if arguments is None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, _leave)
+        arguments = sys.argv[1:]
+
+    import io
+
+    from ..utils.errors import OptionError, is_out_of_memory
+
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal that knows ASCII only gets the rest spelled out, and no UnicodeEncodeError.
         sys.stdout.reconfigure(errors="backslashreplace")
-    given: dict[str, Any] = {}
+    given: dict[str, object] = {}
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
             print(USAGE, end="")
             return 0 if arguments else 2
         if arguments[0] not in COMMANDS:
+            from ..utils.console import closest
+
             hint = closest(arguments[0], COMMANDS)
             raise OptionError(f"unknown command {arguments[0]!r}{hint}")
-        # Not above: this takes seconds, and Ctrl-C is to end them like all others.
-        from .parser import run_command
+        from .parser import run_command  # takes seconds
 
         return run_command(arguments[0], arguments[1:], given)
     except KeyboardInterrupt:
         return 130
     except OptionError as error:
-        complain(str(error))
+        _complain(str(error))
         return 2
     except OSError as error:
         named = error.filename is not None and error.strerror is not None
-        complain(f"{error.filename}: {error.strerror}" if named else str(error))
+        _complain(f"{error.filename}: {error.strerror}" if named else str(error))
         return 1
     except (ValueError, FloatingPointError) as error:
-        complain(str(error))
+        _complain(str(error))
         return 1
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        complain(f"out of memory. {_memory_advice(given)}")
+        _complain(f"out of memory. {_memory_advice(given)}")
         return 1
 
 
-def _memory_advice(given: Mapping[str, Any]) -> str:
+def _leave(number: int, frame: object) -> None:
+    """At once, without an exception, which imports and weak references may swallow or print.
+
+    Before a command runs and after it there is nothing to save; while it runs, ``StopOnSignal``
+    has the signals.
+    """
+    os._exit(128 + number)
+
+
+def _complain(text: str) -> None:
+    from ..utils.console import complain
+
+    complain(text)
+
+
+def _memory_advice(given: dict[str, object]) -> str:
     levers = [f"--{name} (now {given[name]})" for name in MEMORY_OPTIONS if given.get(name)]
     advice = f"Lower {' or '.join(levers)}." if levers else "Use a smaller model."
     if "gradient_accumulation_steps" in given:

@@ -29,22 +29,22 @@ def run_command(name: str, arguments: list[str], given: dict[str, Any]) -> int:
     # The older name of an argument: the one that every version we support takes.
     warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)
     stop = StopOnSignal()
+    command = import_module(f".commands.{name}", __package__).COMMAND
+    parser = _parser(name, command)
+    values, typed = _parse(parser, arguments, given)
+    argument = values.pop(command.argument.name) if command.argument else None
+    if SoftPromptTrainingArguments in command.options:
+        _finish_training_arguments(values)
+    for several in command.several:
+        if not isinstance(values[several], list):  # the default
+            values[several] = [values[several]]
+    runs = []
+    for one in command.split(values) if command.split else [values]:
+        changed = {n: one[n] for n in sorted(typed) if one[n] != parser.get_default(n)}
+        invocation = Invocation(changed=changed, argument=argument, stop=stop)
+        runs.append((*_build(parser, one), invocation))
     stop.install()
     try:
-        command = import_module(f".commands.{name}", __package__).COMMAND
-        parser = _parser(name, command)
-        values, typed = _parse(parser, arguments, given)
-        argument = values.pop(command.argument.name) if command.argument else None
-        if SoftPromptTrainingArguments in command.options:
-            _finish_training_arguments(values)
-        for several in command.several:
-            if not isinstance(values[several], list):  # the default
-                values[several] = [values[several]]
-        runs = []
-        for one in command.split(values) if command.split else [values]:
-            changed = {n: one[n] for n in sorted(typed) if one[n] != parser.get_default(n)}
-            invocation = Invocation(changed=changed, argument=argument, stop=stop)
-            runs.append((*_build(parser, one), invocation))
         return command.run(runs) if command.split else command.run(*runs[0])
     finally:
         stop.uninstall()

@@ -110,7 +110,7 @@ def test_peft_gives_the_same_answers(tmp_path, capsys, architecture, placement):
 def test_peft_where_text_that_goes_on_is_other_tokens(tmp_path, monkeypatch):
     """Then the ids come from here; the text alone would be read as something else."""
     toy = Toy(tmp_path)
-    monkeypatch.setattr("softprompt_fast.export.export.text_ids", lambda tokenizer, text: [])
+    monkeypatch.setattr("softprompt_fast.export.peft.text_ids", lambda tokenizer, text: [])
     assert toy.export("peft") == 0
     readme = (tmp_path / "out/README.md").read_text()
     code = re.search(r"```python\n(.*)```", readme, re.DOTALL)[1]

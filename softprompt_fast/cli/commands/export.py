@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...data.records import Record, read_jsonl
-from ...export.export import export_peft, export_safetensors, export_vllm
-from ...export.usage import Usage
+from ...export.peft import export_peft
+from ...export.safetensors import export_safetensors
+from ...export.vllm import export_vllm
 from ...student.model import SoftPromptModel
 from ...student.soft_prompt import SoftPrompt
 from ...training.run_directory import read_run
@@ -38,14 +39,13 @@ def export_prompt(options: ExportOptions, invocation: Invocation) -> int:
     inputs = recorded_inputs(options, read_run(options.prompt_dir))
     records = _records(options, invocation.argument)
     with new_directory("output_dir", options.output_dir) as directory:
-        usage = _export(options, inputs, records, directory)
-        write_bytes(directory / README_FILE, usage.readme().encode())
+        readme = _export(options, inputs, records, directory)
+        write_bytes(directory / README_FILE, readme.encode())
         names = sorted(path.name for path in directory.iterdir())
     more = f" and {len(names) - SHOWN_FILES} more" if len(names) > SHOWN_FILES else ""
     say(f"Written to {options.output_dir}: {', '.join(names[:SHOWN_FILES])}{more}")
-    say(f"\n{usage.code}")
-    for note in usage.notes:
-        say(f"- {note}")
+    _, *lines = readme.splitlines()  # the title
+    say("\n".join(line for line in lines if not line.startswith("```")))
     return 0
 
 
@@ -67,7 +67,8 @@ def _records(options: ExportOptions, question: str | None) -> list[Record]:
 
 def _export(
     options: ExportOptions, inputs: dict[str, Any], records: list[Record], directory: Path
-) -> Usage:
+) -> str:
+    """The text of the README."""
     if options.to == "safetensors":  # the only one that takes no model
         prompt = SoftPrompt.from_pretrained(options.prompt_dir)
         base = inputs["model"] or prompt.base["name_or_path"]
