@@ -21,6 +21,7 @@ from contract import (
     dtypes_of,
     each_backend,
     each_backend_and_dtype,
+    each_backend_and_number,
     each_dtype,
     each_loss,
     effort,
@@ -40,19 +41,19 @@ from softprompt_fast.backends import cpu
 each_beta = pytest.mark.parametrize("beta", [0.0, 0.3, 1.0], ids="beta{}".format)
 
 
-@each_backend
-def test_nll(backend):
-    hold(backend, cases("linear_nll"))
+@each_backend_and_number
+def test_nll(backend, number):
+    hold(backend, number, cases("linear_nll"))
 
 
-@each_backend
-def test_kl(backend):
-    hold(backend, cases("linear_kl"))
+@each_backend_and_number
+def test_kl(backend, number):
+    hold(backend, number, cases("linear_kl"))
 
 
-@each_backend
-def test_distill(backend):
-    hold(backend, cases("linear_distill"))
+@each_backend_and_number
+def test_distill(backend, number):
+    hold(backend, number, cases("linear_distill"))
 
 
 @each_backend

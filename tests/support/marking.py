@@ -2,7 +2,8 @@
 
 A law is a function, and its parameters are a matrix. On ``torch`` all of it is quick, next to the
 reference; of the other engines a sample is, in which every value of a parameter still meets every
-engine and every value of each other parameter. The rest is ``slow``: it runs in ``make test-all``.
+engine and every value of each other parameter. Triton's interpreter takes seconds for a problem:
+there the sample has each value once. The rest is ``slow``: it runs in ``make test-all``.
 """
 
 from __future__ import annotations
@@ -17,23 +18,27 @@ import softprompt_fast as spf
 
 
 def mark_by_use(items: Sequence[pytest.Item]) -> None:
-    emulated = {"emulated"} | ({"triton", "streaming"} if spf.backends.interpreted() else set())
     for item in items:
         if "real_model" in item.fixturenames:
             item.add_marker("real_model")
-        if engine_of(item) in emulated:
+        if is_interpreted(item) or engine_of(item) == "emulated":
             item.add_marker("emulated")
 
 
 def mark_outside_of_the_sample(items: Sequence[pytest.Item]) -> None:
     matrices = defaultdict(list)
     for item in items:
-        if engine_of(item) not in (None, "torch") and parameters(item) and not is_skipped(item):
-            matrices[item.nodeid.partition("[")[0]].append(item)
-    for matrix in matrices.values():
-        sample = pairwise([parameters(item) for item in matrix])
-        for index in set(range(len(matrix))) - set(sample):
+        if engine_of(item) in (None, "torch") or is_left_out(item):
+            continue
+        matrices[item.nodeid.partition("[")[0], is_interpreted(item)].append(item)
+    for (_, interpreted), matrix in matrices.items():
+        rows = [parameters(item) for item in matrix]
+        for index in set(range(len(rows))) - set(sample(rows, 1 if interpreted else 2)):
             matrix[index].add_marker("slow")
+
+
+def is_interpreted(item: pytest.Item) -> bool:
+    return spf.backends.interpreted() and engine_of(item) in ("triton", "streaming")
 
 
 def engine_of(item: pytest.Item) -> str | None:
@@ -50,16 +55,18 @@ def parameters(item: pytest.Item) -> dict[str, str]:
     return {} if callspec is None else {name: str(v) for name, v in callspec.params.items()}
 
 
-def is_skipped(item: pytest.Item) -> bool:
-    return any(mark.args and mark.args[0] for mark in item.iter_markers("skipif"))
+def is_left_out(item: pytest.Item) -> bool:
+    """By a mark of its own, or since it has no parameters to choose from."""
+    is_skipped = any(mark.args and mark.args[0] for mark in item.iter_markers("skipif"))
+    return is_skipped or bool(item.get_closest_marker("slow")) or not parameters(item)
 
 
-def pairwise(rows: Sequence[Mapping[str, Hashable]]) -> list[int]:
-    """Indices of rows that hold every pair of values which any row holds, chosen greedily."""
-    missing = [set(combinations(sorted(row.items()), min(2, len(row)))) for row in rows]
+def sample(rows: Sequence[Mapping[str, Hashable]], size: int = 2) -> list[int]:
+    """Indices of rows that hold every ``size`` values which any row holds, chosen greedily."""
+    missing = [set(combinations(sorted(row.items()), min(size, len(row)))) for row in rows]
     chosen = []
     while any(missing):
         best = max(range(len(rows)), key=lambda index: len(missing[index]))
         chosen.append(best)
-        missing = [pairs - missing[best] for pairs in missing]
+        missing = [values - missing[best] for values in missing]
     return chosen
