@@ -20,6 +20,7 @@ def test_a_sample_holds_every_pair_of_values():
     assert 3 * 4 <= len(pairwise) < 3 * 4 * 2
     short = [rows[index] for index in sample(rows, 1)]
     assert len(short) == 4
+    assert sample(rows, 0) == [0]
     assert all({row[name] for row in short} == set(values) for name, values in MATRIX.items())
 
 

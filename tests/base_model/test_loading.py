@@ -238,7 +238,6 @@ def real_states(real):
     return with_context[0, -16:], without[0], OutputHead.from_model(model).weight
 
 
-@pytest.mark.slow
 @each_dtype
 def test_a_sketch_of_real_hidden_states(real_states, dtype):
     """The student moves towards its teacher: KL and its gradient stay exact on every backend."""

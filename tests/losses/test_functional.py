@@ -67,6 +67,7 @@ def test_every_vocabulary(backend, loss, vocabulary):
         check(case, *run(case, backend=backend))
 
 
+@pytest.mark.long_interpreted
 @each_backend_and_dtype
 @each_loss
 def test_a_wide_head(backend, loss, dtype):
@@ -81,6 +82,7 @@ def test_a_wide_head(backend, loss, dtype):
     check(case, *run(case, backend=backend))
 
 
+@pytest.mark.long_interpreted
 @each_backend_and_dtype
 @each_loss
 def test_a_small_workspace(backend, loss, dtype):
@@ -160,6 +162,7 @@ def test_the_contract_as_the_student_converges(backend, distance, temperature, b
         check(case, *run(case, backend=backend))
 
 
+@pytest.mark.long_interpreted
 @each_backend
 @pytest.mark.parametrize("beta", [1e-9, 1e-5, 1e-3, 0.999, 1 - 1e-5, 1 - 1e-9], ids="beta{}".format)
 def test_a_beta_that_is_almost_0_or_1(backend, beta):
@@ -189,6 +192,7 @@ def test_a_narrow_head_over_a_long_vocabulary(backend, dtype):
     check(case, *run(case, backend=backend))
 
 
+@pytest.mark.long_interpreted
 @each_backend
 @each_loss
 @pytest.mark.parametrize(

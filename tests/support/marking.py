@@ -3,7 +3,8 @@
 A law is a function, and its parameters are a matrix. On ``torch`` all of it is quick, next to the
 reference; of the other engines a sample is, in which every value of a parameter still meets every
 engine and every value of each other parameter. Triton's interpreter takes seconds for a problem:
-there the sample has each value once. The rest is ``slow``: it runs in ``make test-all``.
+there the sample has each value once, and one row for a law that is marked ``long_interpreted``. The
+rest is ``slow``: it runs in ``make test-all``.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ def mark_by_use(items: Sequence[pytest.Item]) -> None:
     for item in items:
         if "real_model" in item.fixturenames:
             item.add_marker("real_model")
+            item.add_marker("slow")
         if is_interpreted(item) or engine_of(item) == "emulated":
             item.add_marker("emulated")
 
@@ -33,7 +35,8 @@ def mark_outside_of_the_sample(items: Sequence[pytest.Item]) -> None:
         matrices[item.nodeid.partition("[")[0], is_interpreted(item)].append(item)
     for (_, interpreted), matrix in matrices.items():
         rows = [parameters(item) for item in matrix]
-        for index in set(range(len(rows))) - set(sample(rows, 1 if interpreted else 2)):
+        long = interpreted and matrix[0].get_closest_marker("long_interpreted")
+        for index in set(range(len(rows))) - set(sample(rows, 0 if long else 2 - interpreted)):
             matrix[index].add_marker("slow")
 
 
@@ -62,7 +65,10 @@ def is_left_out(item: pytest.Item) -> bool:
 
 
 def sample(rows: Sequence[Mapping[str, Hashable]], size: int = 2) -> list[int]:
-    """Indices of rows that hold every ``size`` values which any row holds, chosen greedily."""
+    """Indices of rows that hold every ``size`` values which any row holds, chosen greedily.
+
+    size: 2 for pairs; 1 for each value once; 0 for one row
+    """
     missing = [set(combinations(sorted(row.items()), min(size, len(row)))) for row in rows]
     chosen = []
     while any(missing):
