@@ -1,5 +1,6 @@
 # make demo   train and judge a soft prompt on a real model, from nothing
-# make test   all tests          make check   what CI runs
+# make test   the quick tests: 5 minutes at most    make test-all  all of them
+# make check  lint and the quick tests; CI runs the slow ones after it
 # make bench  time the losses against bare matrix products and everything else that computes them
 # make torture  200 times kill -9, 2,000 flipped bits, files cut to every length: 5 minutes
 # make gpu    on a machine with a GPU, whose python3 has PyTorch: build, test, sanitize and time
@@ -18,7 +19,7 @@ SOURCES := $(shell find csrc kernels softprompt_fast -name '*.py' -o -name '*.ht
            pyproject.toml setup.py
 
 .DELETE_ON_ERROR:
-.PHONY: demo test torture check lint format bench gpu docs clean
+.PHONY: demo test test-slow test-all torture check lint format bench gpu docs clean
 
 demo: $(MODEL)/config.json
 	@$(BIN)/softprompt-fast train --config examples/handbook.yaml --model $(MODEL) --output_dir $(RUN)
@@ -27,8 +28,17 @@ demo: $(MODEL)/config.json
 	@echo 'softprompt-fast generate --prompt_dir $(RUN) "$(QUESTION)"'
 	@$(BIN)/softprompt-fast generate --prompt_dir $(RUN) "$(QUESTION)"
 
+# The workers share the cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadgroup
+
 test: $(VENV)/dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadgroup  # the workers share the cores
+	$(PYTEST) -m "not slow"
+
+test-slow: $(VENV)/dev
+	$(PYTEST) -m slow
+
+test-all: $(VENV)/dev
+	$(PYTEST)
 
 torture: $(VENV)/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tests/support/torture.py $(TORTURE_FLAGS)

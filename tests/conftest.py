@@ -1,18 +1,27 @@
-"""Triton's interpreter where there is no GPU: the same arithmetic. And a full teacher cache."""
+"""Triton's interpreter where there is no GPU: the same arithmetic. And what many tests read."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import time
 
 import pytest
 import torch
+from marking import mark_by_use, mark_outside_of_the_sample
 
 # Another number of threads may round another way, and several processes are compared with one.
 torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items):
+    """Marks what the parameters and the fixtures of a test say; the others carry their marks."""
+    mark_by_use(items)
+    mark_outside_of_the_sample(items)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -68,14 +77,45 @@ def computed(monkeypatch, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def real_model(tmp_path_factory):
-    """The directory of SmolLM2-135M-Instruct, converted once for all workers; not to be changed."""
-    from softprompt_fast.base_model.smollm2 import smollm2
+def once(tmp_path_factory):
+    """A folder of all workers, as the one of them that is in it now; nothing there is changed."""
     from softprompt_fast.utils.owned_directory import locked
 
     shared = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         shared = shared.parent  # of the whole run; each worker has one below it
-    (shared / "models").mkdir(exist_ok=True)
-    with locked(shared / "models.lock"):
-        return smollm2(shared / "models" / "smollm2")
+
+    @contextlib.contextmanager
+    def folder(name):
+        (shared / name).mkdir(exist_ok=True)
+        with locked(shared / f"{name}.lock"):
+            yield shared / name
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_model(once):
+    """The directory of SmolLM2-135M-Instruct, converted once; not to be changed."""
+    from softprompt_fast.base_model.smollm2 import smollm2
+
+    with once("models") as folder:
+        return smollm2(folder / "smollm2")
+
+
+@pytest.fixture(scope="session")
+def finished(once):
+    """A folder with a toy model, its data and the finished run "run"; not to be changed."""
+    from toy_run import train_flags
+
+    from softprompt_fast.cli.main import main
+
+    with once("finished") as folder:
+        assert main(train_flags(folder)) == 0  # the same command again trains nothing
+        return folder
+
+
+@pytest.fixture
+def finished_run(finished, tmp_path):
+    """The directory of that run, a copy to be changed."""
+    return shutil.copytree(finished / "run", tmp_path / "run")

@@ -80,6 +80,7 @@ def rows_case(
     )
 
 
+@pytest.mark.long_interpreted
 @heads_of(OWN_PRODUCTS)
 @each_loss
 def test_rows_do_not_depend_on_their_batch(backend, vocabulary, dtype, loss):
@@ -95,6 +96,7 @@ def test_rows_do_not_depend_on_their_batch(backend, vocabulary, dtype, loss):
 
 
 # The row kernels' chunks go through the vendor's library: test_gpu.py holds them to the contract.
+@pytest.mark.long_interpreted
 @backends_and_dtypes(name for name in OWN_PRODUCTS if name != "triton")
 @each_loss
 def test_rows_do_not_depend_on_the_workspace(backend, loss, dtype):
@@ -138,6 +140,7 @@ def test_half_precision_numbers_near_zero_survive_flush_denormal():
     assert torch.equal(loss, expected[0])
 
 
+@pytest.mark.long_interpreted
 @each_backend
 @each_loss
 def test_rows_do_not_depend_on_the_ignored(backend, loss):

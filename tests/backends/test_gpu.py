@@ -130,6 +130,7 @@ def test_repeats_are_bitwise_equal_under_a_load(backend, loss):
     assert different == 0
 
 
+@pytest.mark.long_interpreted
 @each_row_kernel
 @each_loss
 def test_several_chunks(backend, loss):
@@ -140,6 +141,7 @@ def test_several_chunks(backend, loss):
     check(case, *run(case, backend=backend, workspace_mib=0.6))
 
 
+@pytest.mark.long_interpreted
 @backends("streaming")
 @each_loss
 def test_rows_are_the_same_in_every_batch(backend, loss):
@@ -201,6 +203,7 @@ def test_a_step_on_another_stream(backend, loss):
     assert_bitwise(actual, expected)
 
 
+@pytest.mark.long_interpreted
 @each_gpu_backend
 @each_loss
 def test_a_compiled_step_is_the_eager_one(backend, loss):

@@ -78,6 +78,7 @@ def test_an_instruction_set_computes_the_losses(tmp_path, capability: str, name:
     run_with(capability, LOSSES.replace("INSTRUCTION_SET", repr(name)), tmp_path)
 
 
+@pytest.mark.slow
 @INSTRUCTION_SETS
 def test_products_are_fused_with_sums_where_the_cpu_can(tmp_path, capability, name: str) -> None:
     """Without its fused instructions an engine is right but slow: no other test sees it."""

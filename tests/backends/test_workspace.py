@@ -83,7 +83,7 @@ def main(backend: str, dtype_name: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpp"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_peak_memory_stays_within_the_workspace(backend, dtype):
     """The head's own gradient alone would take 108 MiB."""
     done = subprocess.run(

@@ -30,6 +30,8 @@ def rehearse(directory: Path, *arguments: str) -> tuple[int, dict, str]:
     return done.returncode, results, done.stdout + done.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.emulated
 def test_a_rehearsal_measures_every_backend_that_is_here(tmp_path):
     code, results, output = rehearse(tmp_path, "--only", "versions,ceilings,main,kernels")
     assert code == 0, output

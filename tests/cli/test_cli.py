@@ -82,9 +82,8 @@ def test_train_eval_generate(run, tmp_path):
     assert out.strip() == printable(report["answers"][0]["soft prompt"]).strip()
 
 
-def test_a_question_from_stdin(run, tmp_path, monkeypatch):
-    run(*train_flags(tmp_path, max_steps=1))
-    prompt_dir = ("generate", "--prompt_dir", tmp_path / "run")
+def test_a_question_from_stdin(run, finished, monkeypatch):
+    prompt_dir = ("generate", "--prompt_dir", finished / "run")
     expected = run(*prompt_dir, "When?")[:2]
     monkeypatch.setattr("sys.stdin", io.StringIO("When?\n"))
     assert run(*prompt_dir)[:2] == expected
@@ -121,7 +120,8 @@ def test_changed_data_is_another_run(run, tmp_path):
     assert "other options: train_file_sha256: " in error_of(run(*flags))
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.processes
+@pytest.mark.parametrize("name", [pytest.param("SIGINT", marks=pytest.mark.slow), "SIGTERM"])
 def test_a_signal_saves_after_the_step(tmp_path, name):
     number = signal.Signals[name]
     flags = train_flags(tmp_path, max_steps=100_000, save_steps=10)
@@ -219,17 +219,16 @@ def test_a_model_is_the_same_by_any_path(run, tmp_path, monkeypatch):
     assert "nothing is left to train" in run(*flags, f"--model={tmp_path / 'model'}")[1]
 
 
-def test_the_table_is_shown_even_if_it_cannot_be_written(run, tmp_path, monkeypatch):
-    run(*train_flags(tmp_path, max_steps=1))
-    file = tmp_path / "run/evaluation.json"
+def test_the_table_is_shown_even_if_it_cannot_be_written(run, finished_run, monkeypatch):
+    file = finished_run / "evaluation.json"
     file.mkdir()
-    result = run("eval", "--num_samples=1", "--prompt_dir", tmp_path / "run")
+    result = run("eval", "--num_samples=1", "--prompt_dir", finished_run)
     assert "KL recovered" in result[1]
     assert error_of(result).startswith(f"{file}: cannot write ")
     file.rmdir()
     ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", ascii_only)
-    assert main(["eval", "--num_samples=1", "--prompt_dir", str(tmp_path / "run")]) == 0
+    assert main(["eval", "--num_samples=1", "--prompt_dir", str(finished_run)]) == 0
     ascii_only.seek(0)
     assert "\\xb1" in ascii_only.read()
 
@@ -593,14 +592,13 @@ def test_messages_cannot_drive_the_terminal(run, tmp_path):
     )
 
 
-def test_a_hostile_data_file_leaves_page_and_terminal_unharmed(run, tmp_path):
-    assert run(*train_flags(tmp_path, max_steps=1))[0] == 0
+def test_a_hostile_data_file_leaves_page_and_terminal_unharmed(run, finished_run, tmp_path):
     hostile = "<script>alert(1)</script><b>\x1b[2J\x07\u202e[red]</title> {{ 7 * 7 }}"
     data = write_lines(tmp_path / "hostile.jsonl", [hostile, "\x00", "Hi"])
-    evaluate = ("eval", "--prompt_dir", tmp_path / "run", "--eval_file", data)
+    evaluate = ("eval", "--prompt_dir", finished_run, "--eval_file", data)
     code, out, err = run(*evaluate)
     assert code == 0, err
-    page = (tmp_path / "run/evaluation.html").read_text()
+    page = (finished_run / "evaluation.html").read_text()
     for text in (out, page):
         assert "{{ 7 * 7 }}" in text
         assert not re.search("[\x00\x1b\x07\u202e]", text)

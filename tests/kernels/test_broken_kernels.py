@@ -10,7 +10,11 @@ import torch
 from cuda_on_cpu import emulator
 from cuda_on_cpu.row_contract import check_run, check_small_divergence, make_rows
 
-pytestmark = pytest.mark.skipif(emulator.missing() is not None, reason=str(emulator.missing()))
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.emulated,
+    pytest.mark.skipif(emulator.missing() is not None, reason=str(emulator.missing())),
+]
 
 
 def one_block(kernels):

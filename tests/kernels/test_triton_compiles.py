@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = [pytest.mark.slow, pytest.mark.emulated]
+
 KIB = 1024
 # Shared memory that one program may have.
 CHIPS = {

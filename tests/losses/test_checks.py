@@ -114,6 +114,7 @@ def test_token_weights_are_constant_floats():
     )
 
 
+@pytest.mark.long_interpreted
 @each_cpu_backend
 @each_loss
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -20,6 +20,7 @@ from contract import (
     dtypes_of,
     each_backend,
     each_backend_and_dtype,
+    each_backend_and_number,
     each_dtype,
     each_loss,
     effort,
@@ -40,19 +41,19 @@ from softprompt_fast.backends.problem import Head, HiddenTeacher, Problem
 each_beta = pytest.mark.parametrize("beta", [0.0, 0.3, 1.0], ids="beta{}".format)
 
 
-@each_backend
-def test_nll(backend):
-    hold(backend, cases("linear_nll"))
+@each_backend_and_number
+def test_nll(backend, number):
+    hold(backend, number, cases("linear_nll"))
 
 
-@each_backend
-def test_kl(backend):
-    hold(backend, cases("linear_kl"))
+@each_backend_and_number
+def test_kl(backend, number):
+    hold(backend, number, cases("linear_kl"))
 
 
-@each_backend
-def test_distill(backend):
-    hold(backend, cases("linear_distill"))
+@each_backend_and_number
+def test_distill(backend, number):
+    hold(backend, number, cases("linear_distill"))
 
 
 @each_backend
@@ -66,6 +67,7 @@ def test_every_vocabulary(backend, loss, vocabulary):
         check(case, *run(case, backend=backend))
 
 
+@pytest.mark.long_interpreted
 @each_backend_and_dtype
 @each_loss
 def test_a_wide_head(backend, loss, dtype):
@@ -80,6 +82,7 @@ def test_a_wide_head(backend, loss, dtype):
     check(case, *run(case, backend=backend))
 
 
+@pytest.mark.long_interpreted
 @each_backend_and_dtype
 @each_loss
 def test_a_small_workspace(backend, loss, dtype):
@@ -152,6 +155,7 @@ def test_the_contract_as_the_student_converges(backend, distance, temperature, b
         check(case, *run(case, backend=backend))
 
 
+@pytest.mark.long_interpreted
 @each_backend
 @pytest.mark.parametrize("beta", [1e-9, 1e-5, 1e-3, 0.999, 1 - 1e-5, 1 - 1e-9], ids="beta{}".format)
 def test_a_beta_that_is_almost_0_or_1(backend, beta):
@@ -181,6 +185,7 @@ def test_a_narrow_head_over_a_long_vocabulary(backend, dtype):
     check(case, *run(case, backend=backend))
 
 
+@pytest.mark.long_interpreted
 @each_backend
 @each_loss
 @pytest.mark.parametrize(

@@ -64,6 +64,7 @@ def in_another_process(job):
     return process
 
 
+@pytest.mark.processes
 def test_several_processes_compute_each_shard_once(toy, filled, tmp_path, computed):
     processes = [in_another_process(lambda: toy.answers(tmp_path)) for _ in range(3)]
     for process in processes:
@@ -73,6 +74,7 @@ def test_several_processes_compute_each_shard_once(toy, filled, tmp_path, comput
     assert contents(tmp_path) == contents(filled)
 
 
+@pytest.mark.processes
 def test_a_dead_owners_shard_is_done_last_by_who_lives(toy, filled, tmp_path, computed):
     first = f"shard-{toy.digests[0][:32]}.safetensors"
     lock = tmp_path / f".{first}.lock"
@@ -105,14 +107,17 @@ def silent(text):
     pass
 
 
-def test_kills_lose_nothing(toy, tmp_path):
-    killed = kill(build_cache(toy), tmp_path / "kills", 16, random.Random(0), silent)
-    assert killed.kills == 16
+@pytest.mark.processes
+@pytest.mark.parametrize("kills", [4, pytest.param(16, marks=pytest.mark.slow)])
+def test_kills_lose_nothing(toy, tmp_path, kills):
+    killed = kill(build_cache(toy), tmp_path / "kills", kills, random.Random(0), silent)
+    assert killed.kills == kills
     assert killed.problems == []
 
 
-def test_no_flipped_bit_is_unseen(toy, tmp_path):
-    assert flip_bits(toy, tmp_path, 200, random.Random(0), silent) == []
+@pytest.mark.parametrize("flips", [40, pytest.param(200, marks=pytest.mark.slow)])
+def test_no_flipped_bit_is_unseen(toy, tmp_path, flips):
+    assert flip_bits(toy, tmp_path, flips, random.Random(0), silent) == []
 
 
 def test_no_cut_is_unseen(toy, tmp_path):

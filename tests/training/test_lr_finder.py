@@ -87,18 +87,17 @@ def test_the_test_ends_where_the_loss_is_too_far_above_the_least(tmp_path, monke
         range_test(trainer.model, trainer.args, examples)
 
 
-def test_find_lr_trains_nothing(tmp_path, capsys, monkeypatch):
+def test_find_lr_trains_nothing(finished, capsys, monkeypatch):
     monkeypatch.setattr(lr_finder, "FIRST", 1e-3)
     monkeypatch.setattr(lr_finder, "STEPS", 24)
-    assert main(train_flags(tmp_path, max_steps=1)) == 0
-    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    files = {path: path.stat().st_mtime_ns for path in (finished / "run").rglob("*")}
     capsys.readouterr()
     # Other options than those of the run that lies there, and nowhere at all.
     for output in ("run", "absent"):
-        assert main([*train_flags(tmp_path, output, learning_rate=0.5), "--find_lr"]) == 0
+        assert main([*train_flags(finished, output, learning_rate=0.5), "--find_lr"]) == 0
         out = capsys.readouterr().out
         assert "learning-rate range test" in out
         assert "Suggested: --learning_rate 0." in out
         assert "trained or written" in out
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == files
-    assert not (tmp_path / "absent").exists()
+    assert {path: path.stat().st_mtime_ns for path in (finished / "run").rglob("*")} == files
+    assert not (finished / "absent").exists()

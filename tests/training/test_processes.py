@@ -14,7 +14,7 @@ from toy_run import HELD_OUT, QUESTIONS, spawn, start, train_flags, wait_for
 
 from softprompt_fast.cli.main import main
 
-pytestmark = pytest.mark.xdist_group("processes")
+pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("processes")]
 
 SECONDS = 240
 JOBS = str(Path(__file__).parents[1] / "support" / "process_jobs.py")
@@ -81,13 +81,15 @@ def stopped(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def done(stopped):
+@pytest.fixture(
+    scope="module", params=[pytest.param(tuple(RUNS), marks=pytest.mark.slow, id="all of them")]
+)
+def done(stopped, request):
     """(folder, what the two processes wrote). All runs, by one process and by two."""
-    commands = {name: flags(stopped, name, 2) for name in RUNS}
+    commands = {name: flags(stopped, name, 2) for name in request.param}
     commands |= {name: train_flags(stopped, name, **LONG) for name in ("stopped", "undisturbed")}
     (stopped / "commands.json").write_text(json.dumps(commands))
-    for name in RUNS:
+    for name in request.param:
         assert main(flags(stopped, name, 1)) == 0
     jobs = ("train_all", str(stopped / "commands.json"), "answer_alike", str(stopped / "alike"))
     together = run_processes(*ACCELERATE, JOBS, *jobs)
@@ -101,9 +103,8 @@ def history(run) -> list[dict[str, float]]:
     return [{n: entry[n] for n in names if n in entry} for entry in state["log_history"]]
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_two_processes_train_as_one(done, name):
-    alone, together = (done[0] / f"{name}{count}" for count in (1, 2))
+def assert_trained_alike(folder, name: str) -> None:
+    alone, together = (folder / f"{name}{count}" for count in (1, 2))
     assert len(history(alone)) == 6 + 2
     for one, two in zip(history(alone), history(together), strict=True):
         assert two == pytest.approx(one, rel=1e-5)
@@ -113,6 +114,21 @@ def test_two_processes_train_as_one(done, name):
     for one, two in zip(*(log.pop("steps") + log.pop("evaluations") for log in logs), strict=True):
         assert two == pytest.approx(one, rel=1e-5)
     assert logs[1] == pytest.approx(logs[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_train_as_one(done, name):
+    assert_trained_alike(done[0], name)
+
+
+def test_a_sharded_run_is_that_of_one_process(tmp_path):
+    """One of the runs above, where there is no time for all of them."""
+    assert main(flags(tmp_path, "sharded", 1)) == 0
+    commands = tmp_path / "commands.json"
+    commands.write_text(json.dumps({"sharded": flags(tmp_path, "sharded", 2)}))
+    together = run_processes(*TORCHRUN, JOBS, "train_all", str(commands))
+    assert together.returncode == 0, together.stderr
+    assert_trained_alike(tmp_path, "sharded")
 
 
 def test_one_of_them_speaks(done):
@@ -155,6 +171,7 @@ def test_a_run_does_not_go_on_with_another_number_of_processes(done, capsys):
     assert "num_processes: 2 there, 'default' now" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_error_in_one_process_ends_all_of_them(tmp_path):
     failed = run_processes(*TORCHRUN, JOBS, "fail_in_one", str(tmp_path))
     assert failed.returncode != 0

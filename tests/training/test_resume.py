@@ -25,6 +25,8 @@ STEPS = {"max_steps": 400, "save_steps": 20}
 WEIGHTS = "adapter_model.safetensors"
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 def test_a_killed_run_ends_with_the_same_prompt(tmp_path):
     flags = train_flags(tmp_path, "killed", **STEPS)
     undisturbed = start(train_flags(tmp_path, "undisturbed", **STEPS))
