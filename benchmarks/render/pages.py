@@ -29,8 +29,9 @@ from softprompt_fast.sweep.table import curve_cells
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PLAIN = "Trainer, PEFT, F.kl_div"
+STORED = "KL, stored teacher"
 
 
 def read(name: str) -> dict[str, Any]:
@@ -105,9 +106,40 @@ def distribution_table() -> str:
     return "\n".join(lines)
 
 
-def cpu_table() -> str:
-    """The losses that training uses, from ``make bench``."""
-    return tables.loss_table(main_rows()).markdown()
+def front_rows() -> list[dict[str, Any]]:
+    """The losses that training uses, at the largest T of the first head."""
+    rows = main_rows()
+    T = max(row["T"] for row in rows if row["model"] == rows[0]["model"])
+    return [row for row in rows if (row["model"], row["T"]) == (rows[0]["model"], T)]
+
+
+def front_table() -> str:
+    """For the README: ours, plain PyTorch and the fastest other one."""
+    rows = front_rows()
+    line = "Forward and backward in fp32, {head}, {T} tokens, {threads} CPU cores ({cpu})."
+    machine = read("cpu.json")["machine"]
+    return "\n".join(
+        [
+            tables.front_table(rows).markdown(),
+            "",
+            line.format(head=tables.head(rows[0]), T=rows[0]["T"], **machine),
+        ]
+    )
+
+
+def headline() -> str:
+    """What the soft prompt keeps of the example, and what its loss costs."""
+    report, rows, machine = read("handbook.json"), front_rows(), read("cpu.json")["machine"]
+    ours, peer = tables.ours_and_fastest_peer([r for r in rows if r["loss"] == STORED])
+    return (
+        "softprompt_fast compresses a long context into a few virtual tokens: on a small real "
+        f"model, {report['num_virtual_tokens']} of them recover {report['kl_recovered']:.0%} of "
+        f"what a handbook of {report['context_tokens']} tokens changes in the predictions, and "
+        f"the exact KL loss over a vocabulary of {ours['V']:,} takes "
+        f"{ours['milliseconds']:.0f} ms and {ours['peak_mib']:.0f} MiB for {ours['T']} tokens on "
+        f"{machine['threads']} CPU cores, where the fastest other implementation takes "
+        f"{peer['milliseconds']:.0f} ms and {peer['peak_mib']:.0f} MiB."
+    )
 
 
 def all_losses_table() -> str:
@@ -252,7 +284,8 @@ def objectives_line() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "faithfulness": faithfulness_table,
     "distribution": distribution_table,
-    "cpu": cpu_table,
+    "headline": headline,
+    "front": front_table,
     "bench": bench_line,
     "losses": all_losses_table,
     "growth": growth_table,

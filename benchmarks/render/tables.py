@@ -78,6 +78,31 @@ def loss_table(rows: Iterable[Row]) -> Table:
     )
 
 
+def front_table(rows: Iterable[Row]) -> Table:
+    """A row for each loss of one shape: ours, plain PyTorch, and the fastest of all others."""
+    cells = []
+    for (loss,), group in grouped(measured(rows), lambda row: (row["loss"],)).items():
+        by_name = {row["implementation"]: row for row in group}
+        ours, peer = ours_and_fastest_peer(group)
+        name = peer["implementation"]
+        costs = [cost(row) for row in (ours, by_name["PyTorch"], peer)]
+        cells.append([loss, *costs[:2], f"{costs[2]} ({name})"])
+    columns = ["loss", OURS, "PyTorch", "the fastest other implementation"]
+    return Table("Forward and backward", columns, cells)
+
+
+def cost(row: Row) -> str:
+    return f"{row['milliseconds']:.0f} ms, {row['peak_mib']:.0f} MiB"
+
+
+def ours_and_fastest_peer(rows: Iterable[Row]) -> tuple[Row, Row]:
+    """Of the rows of one loss and one shape."""
+    rows = measured(rows)
+    (ours,) = (row for row in rows if row["implementation"] == OURS)
+    others = [row for row in rows if row["implementation"] != OURS]
+    return ours, min(others, key=itemgetter("milliseconds"))
+
+
 def measured(rows: Iterable[Row]) -> list[Row]:
     return [row for row in rows if "reason" not in row]
 

@@ -66,8 +66,8 @@ def linear_kl(
 
     hidden [..., D]    weight [V, D], frozen    teacher [..., D_t] hidden states, or a
     ``TeacherSketch`` over [...], with which forward KL, still exact, costs what NLL costs
-    teacher_weight [V, D_t], teacher_bias [V]: the teacher's own head; without it, the student's.
-    labels [...] only says which tokens count: those unequal to ignore_index.
+    teacher_weight [V, D_t], teacher_bias [V]: the teacher's own head; without it, the student's
+    labels [...], of which only the tokens unequal to ignore_index count
     options: ``LossOptions``
     """
     check_options(beta=beta, **options)

@@ -66,7 +66,8 @@ def linear_cross_entropy(
 ) -> Tensor:
     """``torch.nn.functional.linear_cross_entropy`` with a frozen head: same signature, fp32 loss.
 
-    input [N, D] or [D]    linear_weight [V, D], frozen    target [N] or [] class indices
+    input [N, D] or [D]    linear_weight [V, D], frozen    target [N] or [], class indices
+
     ``weight`` [V] rescales each class and the mean, as in PyTorch. Two differences: a batch in
     which every target is ignored has mean 0, not NaN, and ``options`` must be None, for nothing
     needs to be chosen. Raises TypeError for class probabilities, ValueError for ``weight`` with

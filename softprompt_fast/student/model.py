@@ -105,8 +105,8 @@ class SoftPromptModel(nn.Module):
     ) -> Tensor:
         """Embeddings [R, L, D] in the base's dtype, with the prompt where ``prompt_mask`` is True.
 
-        prompt_mask: [R, L], P positions for each copy of the prompt. gradient_scale: of its
-        gradient.
+        prompt_mask [R, L], P positions for each copy of the prompt
+        gradient_scale: a factor on the prompt's gradient
         """
         embeds = input_embedding(self.base)(input_ids)
         prompt = scaled(self.prompt.embedding, value=1.0, gradient=gradient_scale)

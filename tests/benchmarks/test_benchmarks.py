@@ -114,6 +114,14 @@ def test_the_verdict_names_whoever_is_faster_or_smaller():
     assert tables.verdict([ours, {**row("c", 0, 0), "reason": "needs a GPU"}]) == []
 
 
+def test_the_front_table_names_the_fastest_other_implementation():
+    rows = [row("softprompt_fast", 10, 1), row("PyTorch", 30, 9), row("a", 20, 5), row("b", 25, 2)]
+    absent = {**row("c", 0, 0), "reason": "needs a GPU"}
+    assert tables.front_table([*rows, absent]).rows == [
+        ["KL", "10 ms, 1 MiB", "30 ms, 9 MiB", "20 ms, 5 MiB (a)"]
+    ]
+
+
 def test_the_missing_are_listed_once_with_every_loss():
     rows = [{**row("a", 0, 0), "reason": "needs a GPU", "loss": loss} for loss in ("NLL", "KL")]
     assert tables.missing([*rows, *rows]) == ["a (NLL; KL): needs a GPU"]
