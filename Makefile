@@ -16,7 +16,7 @@ MODEL  := models/smollm2-135m-instruct
 RUN    := runs/handbook
 QUESTION := Can I wear sandals in the workshop?
 
-SOURCES := $(shell find csrc kernels softprompt_fast -name '*.py' -o -name '*.html' -o -name '*.md' -o -name '*.cpp' -o -name '*.cu*' -o -name '*.h') \
+SOURCES := $(shell find csrc kernels softprompt_fast -name '*.py' -o -name '*.pyi' -o -name '*.html' -o -name '*.md' -o -name '*.cpp' -o -name '*.cu*' -o -name '*.h') \
            pyproject.toml setup.py
 
 .DELETE_ON_ERROR:
