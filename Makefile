@@ -3,6 +3,7 @@
 # make check  lint and the quick tests; CI runs the slow ones after it
 # make bench  time the losses against bare matrix products and everything else that computes them
 # make torture  200 times kill -9, 2,000 flipped bits, files cut to every length: 5 minutes
+# make coverage  which lines the tests run: build/coverage/index.html
 # make gpu    on a machine with a GPU, whose python3 has PyTorch: build, test, sanitize and time
 # make docs   write the figures of the documentation from the last bench and demo
 # make site   build the documentation into build/site
@@ -19,8 +20,11 @@ QUESTION := Can I wear sandals in the workshop?
 SOURCES := $(shell find csrc kernels softprompt_fast -name '*.py' -o -name '*.pyi' -o -name '*.html' -o -name '*.md' -o -name '*.cpp' -o -name '*.cu*' -o -name '*.h') \
            pyproject.toml setup.py
 
+CXX_SOURCES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu*')
+FORMS := $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
+
 .DELETE_ON_ERROR:
-.PHONY: demo test test-slow test-all torture check lint format bench gpu docs site clean
+.PHONY: demo test test-slow test-all torture check coverage lint format bench gpu docs site dist clean
 
 demo: $(MODEL)/config.json
 	@$(BIN)/softprompt-fast train --config examples/handbook.yaml --model $(MODEL) --output_dir $(RUN)
@@ -46,15 +50,26 @@ torture: $(VENV)/dev
 
 check: lint site test
 
+coverage: $(VENV)/dev
+	$(PYTEST) --cov --cov-report=term --cov-report=html
+
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
+	$(BIN)/codespell
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms $(FORMS)
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
 
 format: $(VENV)/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_SOURCES)
 
 bench: $(VENV)/bench
 	$(BIN)/pytest benchmarks
@@ -71,8 +86,13 @@ docs: $(VENV)/dev
 site: $(VENV)/dev
 	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -b html docs build/site
 
+# The sdist, and a wheel that is built from it.
+dist: $(VENV)/dev
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+
 clean:
-	rm -rf build *.egg-info
+	rm -rf build dist *.egg-info
 
 # PyTorch first: the extension is built against it, so pip must not build in isolation.
 $(VENV)/torch:

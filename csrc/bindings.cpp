@@ -51,10 +51,11 @@ Dtype dtype_of(const Tensor& t) {
   }
 }
 
-const void* data_of(const Tensor& t, at::ScalarType dtype, at::IntArrayRef shape, const char* name) {
+const void* data_of(const Tensor& t, at::ScalarType dtype, at::IntArrayRef shape,
+                    const char* name) {
   TORCH_CHECK(t.is_contiguous() && t.is_cpu() && t.scalar_type() == dtype && t.sizes() == shape,
-              "softprompt_fast_C: ", name, " must be a contiguous CPU tensor of shape ", shape, " and dtype ",
-              dtype, ": got ", t.sizes(), " ", t.scalar_type());
+              "softprompt_fast_C: ", name, " must be a contiguous CPU tensor of shape ", shape,
+              " and dtype ", dtype, ": got ", t.sizes(), " ", t.scalar_type());
   return t.const_data_ptr();
 }
 
@@ -62,8 +63,9 @@ int64_t panel_rows() { return engine().panel_rows; }
 int64_t vector_rows() { return engine().vector_rows; }
 
 // The size of the workspace for T tokens in chunks of `rows`. teacher_width 0: no teacher.
-int64_t workspace_floats(int64_t tokens, int64_t rows, int64_t width, int64_t teacher_width, int64_t vocabulary, int64_t stored,
-                         bool with_grad, bool converted, int64_t threads) {
+int64_t workspace_floats(int64_t tokens, int64_t rows, int64_t width, int64_t teacher_width,
+                         int64_t vocabulary, int64_t stored, bool with_grad, bool converted,
+                         int64_t threads) {
   TokenLoss p{};
   float present;
   p.heads[0].D = width, p.heads[1].D = teacher_width;
@@ -78,9 +80,10 @@ void token_loss_(const Tensor& hidden, const Tensor& weight, const std::optional
                  const std::optional<Tensor>& targets, double label_smoothing,
                  const std::optional<Tensor>& more_targets, const std::optional<Tensor>& masses,
                  const std::optional<Tensor>& teacher, const std::optional<Tensor>& teacher_weight,
-                 const std::optional<Tensor>& teacher_bias, double beta, double alpha, double softcap,
-                 double logit_scale, double temperature, int64_t rows, int64_t stored, int64_t threads,
-                 const Tensor& loss, const Tensor& dhidden, const Tensor& workspace) {
+                 const std::optional<Tensor>& teacher_bias, double beta, double alpha,
+                 double softcap, double logit_scale, double temperature, int64_t rows,
+                 int64_t stored, int64_t threads, const Tensor& loss, const Tensor& dhidden,
+                 const Tensor& workspace) {
   TokenLoss p{};
   p.T = hidden.size(0), p.V = weight.size(0), p.dtype = dtype_of(hidden);
   p.streams = teacher ? 2 : 1;
@@ -93,17 +96,20 @@ void token_loss_(const Tensor& hidden, const Tensor& weight, const std::optional
   };
   p.heads[0] = head(hidden, weight, bias);
   if (teacher)
-    p.heads[1] = teacher_weight ? head(*teacher, *teacher_weight, teacher_bias) : head(*teacher, weight, bias);
+    p.heads[1] = teacher_weight ? head(*teacher, *teacher_weight, teacher_bias)
+                                : head(*teacher, weight, bias);
   if (targets)
     p.targets = static_cast<const int64_t*>(data_of(*targets, at::kLong, {p.T}, "targets"));
   if (more_targets && masses) {
     p.K = more_targets->size(1);
-    p.more_targets = static_cast<const int64_t*>(data_of(*more_targets, at::kLong, {p.T, p.K}, "more_targets"));
+    p.more_targets =
+        static_cast<const int64_t*>(data_of(*more_targets, at::kLong, {p.T, p.K}, "more_targets"));
     p.masses = static_cast<const float*>(data_of(*masses, at::kFloat, {p.T, 1 + p.K}, "masses"));
   }
 
   p.label_smoothing = float(label_smoothing), p.alpha = alpha, p.beta = beta;
-  p.softcap = float(softcap), p.logit_scale = float(logit_scale), p.temperature = float(temperature);
+  p.softcap = float(softcap), p.logit_scale = float(logit_scale),
+  p.temperature = float(temperature);
   p.rows = rows, p.stored = int(stored), p.threads = int(threads);
 
   const bool with_grad = dhidden.size(0) == p.T;
@@ -112,9 +118,11 @@ void token_loss_(const Tensor& hidden, const Tensor& weight, const std::optional
     data_of(dhidden, at::kFloat, {p.T, p.heads[0].D}, "dhidden");
     p.dhidden = dhidden.mutable_data_ptr<float>();
   }
-  TORCH_CHECK(rows > 0 && rows % engine().vector_rows == 0, "softprompt_fast_C: rows must be a multiple of ",
-              engine().vector_rows, ": got ", rows);
-  TORCH_CHECK(stored >= 0 && stored <= PERIOD, "softprompt_fast_C: stored must be in [0, ", PERIOD, "]: got ", stored);
+  TORCH_CHECK(rows > 0 && rows % engine().vector_rows == 0,
+              "softprompt_fast_C: rows must be a multiple of ", engine().vector_rows, ": got ",
+              rows);
+  TORCH_CHECK(stored >= 0 && stored <= PERIOD, "softprompt_fast_C: stored must be in [0, ", PERIOD,
+              "]: got ", stored);
   TORCH_CHECK(threads > 0, "softprompt_fast_C: threads must be above 0: got ", threads);
   TORCH_CHECK(workspace.is_contiguous() && workspace.scalar_type() == at::kFloat &&
                   workspace.numel() >= engine().workspace_floats(p),
@@ -127,12 +135,13 @@ TORCH_LIBRARY(softprompt_fast_C, m) {
   m.def("panel_rows() -> int", &panel_rows);
   m.def("vector_rows() -> int", &vector_rows);
   m.def(
-      "workspace_floats(int tokens, int rows, int width, int teacher_width, int vocabulary, int stored, bool with_grad, "
-      "bool converted, int threads) -> int",
+      "workspace_floats(int tokens, int rows, int width, int teacher_width, int vocabulary, "
+      "int stored, bool with_grad, bool converted, int threads) -> int",
       &workspace_floats);
   m.def(
-      "token_loss_(Tensor hidden, Tensor weight, Tensor? bias, Tensor? targets, float label_smoothing, "
-      "Tensor? more_targets, Tensor? masses, Tensor? teacher, Tensor? teacher_weight, Tensor? teacher_bias, float beta, float alpha, float softcap, "
+      "token_loss_(Tensor hidden, Tensor weight, Tensor? bias, Tensor? targets, "
+      "float label_smoothing, Tensor? more_targets, Tensor? masses, Tensor? teacher, "
+      "Tensor? teacher_weight, Tensor? teacher_bias, float beta, float alpha, float softcap, "
       "float logit_scale, float temperature, int rows, int stored, int threads, Tensor(a!) loss, "
       "Tensor(b!) dhidden, Tensor(c!) workspace) -> ()");
 }
@@ -144,7 +153,8 @@ TORCH_LIBRARY_IMPL(softprompt_fast_C, CPU, m) { m.impl("token_loss_", &token_los
 void expect_to_fill([[maybe_unused]] void* first, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t page = 2 << 20;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(first), inner = (begin + page - 1) / page * page;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(first),
+                  inner = (begin + page - 1) / page * page;
   const uintptr_t end = (begin + bytes) / page * page;
   if (inner < end) madvise(reinterpret_cast<void*>(inner), end - inner, MADV_HUGEPAGE);
 #endif

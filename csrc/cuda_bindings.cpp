@@ -1,5 +1,6 @@
-// The row kernels of csrc/cuda as ops of softprompt_fast_C: checks, and pointers out of tensors. The stream comes
-// as a number, so that no CUDA header is needed; the caller has made its device the current one.
+// The row kernels of csrc/cuda as ops of softprompt_fast_C: checks, and pointers out of tensors.
+// The stream comes as a number, so that no CUDA header is needed; the caller has made its device
+// the current one.
 //
 // Legend: C rows, V vocabulary, K more targets.
 #include <torch/library.h>
@@ -13,13 +14,15 @@ namespace {
 
 TORCH_LIBRARY_FRAGMENT(softprompt_fast_C, m) {
   m.def(
-      "sparse_target_rows_(Tensor(a!) logits, Tensor targets, Tensor? more_targets, Tensor? masses, Tensor? keep, "
-      "Tensor? bias, float label_smoothing, float softcap, float logit_scale, float temperature, Tensor(b!) loss, "
-      "Tensor(c!)? dz, Tensor(d!)? unscale, int stream) -> ()");
+      "sparse_target_rows_(Tensor(a!) logits, Tensor targets, Tensor? more_targets, "
+      "Tensor? masses, Tensor? keep, Tensor? bias, float label_smoothing, float softcap, "
+      "float logit_scale, float temperature, Tensor(b!) loss, Tensor(c!)? dz, "
+      "Tensor(d!)? unscale, int stream) -> ()");
   m.def(
-      "divergence_rows_(Tensor(a!) logits, Tensor teacher_logits, Tensor? targets, Tensor? keep, Tensor? bias, "
-      "Tensor? teacher_bias, float label_smoothing, float beta, float alpha, float softcap, float logit_scale, "
-      "float temperature, Tensor(b!) loss, Tensor(c!)? dz, Tensor(d!)? unscale, int stream) -> ()");
+      "divergence_rows_(Tensor(a!) logits, Tensor teacher_logits, Tensor? targets, Tensor? keep, "
+      "Tensor? bias, Tensor? teacher_bias, float label_smoothing, float beta, float alpha, "
+      "float softcap, float logit_scale, float temperature, Tensor(b!) loss, Tensor(c!)? dz, "
+      "Tensor(d!)? unscale, int stream) -> ()");
 }
 
 #ifdef SPF_CUDA
@@ -46,26 +49,31 @@ struct Chunk {
 
   Chunk(const Tensor& logits, const MaybeTensor& bias, const MaybeTensor& dz)
       : device(logits.device()), C(logits.size(0)), V(logits.size(1)),
-        head(dz ? dz->scalar_type() : bias ? bias->scalar_type() : at::kFloat) {
-    TORCH_CHECK(V > 0 && V <= MAX_VOCABULARY, "softprompt_fast_C: the vocabulary has to have 1 to ", MAX_VOCABULARY,
-                " entries: got ", V);
+        head(dz     ? dz->scalar_type()
+             : bias ? bias->scalar_type()
+                    : at::kFloat) {
+    TORCH_CHECK(V > 0 && V <= MAX_VOCABULARY, "softprompt_fast_C: the vocabulary has to have 1 to ",
+                MAX_VOCABULARY, " entries: got ", V);
   }
 
   void check(const Tensor& t, at::ScalarType dtype, at::IntArrayRef shape, const char* name) const {
-    TORCH_CHECK(t.device() == device && t.scalar_type() == dtype && t.sizes() == shape, "softprompt_fast_C: ", name,
-                " must be a tensor of shape ", shape, " and dtype ", dtype, " on ", device, ": got ", t.sizes(), " ",
-                t.scalar_type(), " on ", t.device());
+    TORCH_CHECK(t.device() == device && t.scalar_type() == dtype && t.sizes() == shape,
+                "softprompt_fast_C: ", name, " must be a tensor of shape ", shape, " and dtype ",
+                dtype, " on ", device, ": got ", t.sizes(), " ", t.scalar_type(), " on ",
+                t.device());
   }
 
   void check_rows(const Tensor& t, at::ScalarType dtype, const char* name) const {
     check(t, dtype, {C, V}, name);
-    TORCH_CHECK((V == 1 || t.stride(1) == 1) && (C <= 1 || t.stride(0) >= V), "softprompt_fast_C: the rows of ", name,
+    TORCH_CHECK((V == 1 || t.stride(1) == 1) && (C <= 1 || t.stride(0) >= V),
+                "softprompt_fast_C: the rows of ", name,
                 " must lie one after the other: got strides ", t.strides());
   }
 
   // Where the numbers of an optional contiguous tensor begin.
   template <class T>
-  T* data(const MaybeTensor& t, at::ScalarType dtype, at::IntArrayRef shape, const char* name) const {
+  T* data(const MaybeTensor& t, at::ScalarType dtype, at::IntArrayRef shape,
+          const char* name) const {
     if (!t) return nullptr;
     check(*t, dtype, shape, name);
     TORCH_CHECK(t->is_contiguous(), "softprompt_fast_C: ", name, " must be contiguous");
@@ -76,7 +84,8 @@ struct Chunk {
     check_rows(raw, at::kFloat, name);
     const auto* begin = static_cast<const float*>(raw.const_data_ptr());
     TORCH_CHECK(reinterpret_cast<uintptr_t>(begin) % 16 == 0 && (C <= 1 || raw.stride(0) % 8 == 0),
-                "softprompt_fast_C: rows of ", name, " must begin at multiples of 16 bytes and be a multiple of 8 ",
+                "softprompt_fast_C: rows of ", name,
+                " must begin at multiples of 16 bytes and be a multiple of 8 ",
                 "entries apart: got strides ", raw.strides());
     return {begin, raw.stride(0), data<const void>(bias, head, {V}, "bias")};
   }
@@ -90,15 +99,18 @@ struct Chunk {
     const auto [dz_begin, dz_end] = bounds(dz);
     const auto [begin, end] = bounds(raw);
     if (C == 0 || dz_end <= begin || end <= dz_begin) return;
-    const bool same_rows = C == 1 || dz.stride(0) * dz.element_size() == raw.stride(0) * raw.element_size();
-    TORCH_CHECK(dz_begin == begin && same_rows,
-                "softprompt_fast_C: dz overlaps the logits, but its rows do not begin where theirs do");
+    const bool same_rows =
+        C == 1 || dz.stride(0) * dz.element_size() == raw.stride(0) * raw.element_size();
+    TORCH_CHECK(
+        dz_begin == begin && same_rows,
+        "softprompt_fast_C: dz overlaps the logits, but its rows do not begin where theirs do");
   }
 };
 
-cuda::Rows rows_of(const Chunk& chunk, const Tensor& logits, const MaybeTensor& targets, const MaybeTensor& keep,
-                   const MaybeTensor& bias, double label_smoothing, double softcap, double logit_scale,
-                   double temperature, const Tensor& loss, const MaybeTensor& dz, const MaybeTensor& unscale) {
+cuda::Rows rows_of(const Chunk& chunk, const Tensor& logits, const MaybeTensor& targets,
+                   const MaybeTensor& keep, const MaybeTensor& bias, double label_smoothing,
+                   double softcap, double logit_scale, double temperature, const Tensor& loss,
+                   const MaybeTensor& dz, const MaybeTensor& unscale) {
   cuda::Rows rows{};
   rows.C = chunk.C, rows.V = int32_t(chunk.V), rows.dtype = dtype_of(chunk.head);
   rows.student = chunk.logits(logits, bias, "logits");
@@ -110,7 +122,8 @@ cuda::Rows rows_of(const Chunk& chunk, const Tensor& logits, const MaybeTensor& 
     chunk.check_overlap(*dz, logits);
     rows.dz = dz->data_ptr(), rows.dz_stride = dz->stride(0);
   }
-  TORCH_CHECK(!unscale || (dz && chunk.head == at::kHalf), "softprompt_fast_C: unscale goes with a dz in fp16");
+  TORCH_CHECK(!unscale || (dz && chunk.head == at::kHalf),
+              "softprompt_fast_C: unscale goes with a dz in fp16");
   rows.unscale = chunk.data<float>(unscale, at::kFloat, {chunk.C}, "unscale");
   rows.label_smoothing = label_smoothing;
   rows.softcap = softcap, rows.logit_scale = logit_scale, rows.temperature = temperature;
@@ -118,33 +131,38 @@ cuda::Rows rows_of(const Chunk& chunk, const Tensor& logits, const MaybeTensor& 
 }
 
 void launched(int error, const char* kernel) {
-  TORCH_CHECK(error == 0, "softprompt_fast_C: ", kernel, " could not be launched: ", cuda::error_string(error));
+  TORCH_CHECK(error == 0, "softprompt_fast_C: ", kernel,
+              " could not be launched: ", cuda::error_string(error));
 }
 
-void sparse_target_rows_(const Tensor& logits, const Tensor& targets, const MaybeTensor& more_targets,
-                         const MaybeTensor& masses, const MaybeTensor& keep, const MaybeTensor& bias,
-                         double label_smoothing, double softcap, double logit_scale, double temperature,
-                         const Tensor& loss, const MaybeTensor& dz, const MaybeTensor& unscale, int64_t stream) {
+void sparse_target_rows_(const Tensor& logits, const Tensor& targets,
+                         const MaybeTensor& more_targets, const MaybeTensor& masses,
+                         const MaybeTensor& keep, const MaybeTensor& bias, double label_smoothing,
+                         double softcap, double logit_scale, double temperature, const Tensor& loss,
+                         const MaybeTensor& dz, const MaybeTensor& unscale, int64_t stream) {
   const Chunk chunk(logits, bias, dz);
-  cuda::Rows rows = rows_of(chunk, logits, targets, keep, bias, label_smoothing, softcap, logit_scale, temperature,
-                            loss, dz, unscale);
-  TORCH_CHECK(more_targets.has_value() == masses.has_value(), "softprompt_fast_C: masses go with more_targets");
+  cuda::Rows rows = rows_of(chunk, logits, targets, keep, bias, label_smoothing, softcap,
+                            logit_scale, temperature, loss, dz, unscale);
+  TORCH_CHECK(more_targets.has_value() == masses.has_value(),
+              "softprompt_fast_C: masses go with more_targets");
   if (more_targets) {
     rows.K = more_targets->size(-1);
-    rows.more_targets = chunk.data<const int64_t>(more_targets, at::kLong, {chunk.C, rows.K}, "more_targets");
+    rows.more_targets =
+        chunk.data<const int64_t>(more_targets, at::kLong, {chunk.C, rows.K}, "more_targets");
     rows.masses = chunk.data<const float>(masses, at::kFloat, {chunk.C, 1 + rows.K}, "masses");
   }
   launched(cuda::sparse_target_rows(rows, reinterpret_cast<void*>(stream)), "sparse_target_rows");
 }
 
-void divergence_rows_(const Tensor& logits, const Tensor& teacher_logits, const MaybeTensor& targets,
-                      const MaybeTensor& keep, const MaybeTensor& bias, const MaybeTensor& teacher_bias,
-                      double label_smoothing, double beta, double alpha, double softcap, double logit_scale,
-                      double temperature, const Tensor& loss, const MaybeTensor& dz, const MaybeTensor& unscale,
+void divergence_rows_(const Tensor& logits, const Tensor& teacher_logits,
+                      const MaybeTensor& targets, const MaybeTensor& keep, const MaybeTensor& bias,
+                      const MaybeTensor& teacher_bias, double label_smoothing, double beta,
+                      double alpha, double softcap, double logit_scale, double temperature,
+                      const Tensor& loss, const MaybeTensor& dz, const MaybeTensor& unscale,
                       int64_t stream) {
   const Chunk chunk(logits, bias ? bias : teacher_bias, dz);
-  cuda::Rows rows = rows_of(chunk, logits, targets, keep, bias, label_smoothing, softcap, logit_scale, temperature,
-                            loss, dz, unscale);
+  cuda::Rows rows = rows_of(chunk, logits, targets, keep, bias, label_smoothing, softcap,
+                            logit_scale, temperature, loss, dz, unscale);
   rows.teacher = chunk.logits(teacher_logits, teacher_bias, "teacher_logits");
   rows.beta = beta, rows.alpha = alpha;
   launched(cuda::divergence_rows(rows, reinterpret_cast<void*>(stream)), "divergence_rows");

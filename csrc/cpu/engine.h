@@ -1,20 +1,23 @@
 // The engine: chunks of rows go over the head, in one sweep or in several.
 //
-// Legend: T tokens, D hidden width, V vocabulary, ROWS rows of a panel, SEGMENTS parts of the vocabulary.
+// Legend: T tokens, D hidden width, V vocabulary, ROWS rows of a panel, SEGMENTS parts of V.
 //
 // One stream of logits (NLL, KL from a sketch) takes one sweep, on line as in flash attention:
 //
-//   tile of logits -> running max and sum of every row, tile of e^(z - max) -> added to the gradient
+//   tile of logits -> running max and sum of every row,
+//                     tile of e^(z - max) -> added to the gradient
 //
-// where max is the row's largest logit so far; when it rises, what was added shrinks. Nothing is kept. With a
-// teacher beside it q - p must be taken before it is rounded, and so both sums be known first:
+// where max is the row's largest logit so far; when it rises, what was added shrinks. Nothing is
+// kept. With a teacher beside it q - p must be taken before it is rounded, and so both sums
+// be known first:
 //
-//   sweep 1   tiles of logits -> running max and sum of every row           (kept, of some blocks)
-//   sweep 2   tiles of logits -> sums of value and slope                    (divergences that need them)
-//   sweep 3   tiles of logits -> tile of dz -> added to the gradient, before the tile leaves the cache
+//   sweep 1   tiles of logits -> running max and sum of every row      (kept, of some blocks)
+//   sweep 2   tiles of logits -> sums of value and slope               (divergences that need them)
+//   sweep 3   tiles of logits -> tile of dz -> added to the gradient   (before the tile leaves
+//                                                                       the cache)
 //
-// Work is divided by the vocabulary as well as by rows, so that sixteen tokens keep all cores busy. Each
-// segment has sums of its own, added in order at the end: the result does not depend on the threads.
+// Work is divided by the vocabulary as well as by rows, so that sixteen tokens keep all cores busy.
+// Each segment has sums of its own, added in order at the end: no result depends on the threads.
 
 #include "simd.h"
 #include "products.h"
@@ -122,7 +125,8 @@ class Chunk {
       for (int64_t b = blocks * segment / SEGMENTS; b < blocks * (segment + 1) / SEGMENTS; b++) {
         Block block = load_block(b * BLOCK, scratch);
         if (packed) pack_columns(block.weight[0], block.n, p.heads[0].D, scratch.packed);
-        for (int64_t panel = panels * group / groups; panel < panels * (group + 1) / groups; panel++)
+        for (int64_t panel = panels * group / groups; panel < panels * (group + 1) / groups;
+             panel++)
           with_vectors(panel, [&](auto nv) { body(nv, segment, block, panel, scratch); });
       }
     });
@@ -157,7 +161,8 @@ class Chunk {
   template <int NV>
   void logits(int s, Block& block, int64_t panel, float* z) const {
     const int64_t D = p.heads[s].D;
-    logits_tile<NV>(block.weight[s], block.n, at.hidden[s] + panel * PANEL * D, D, z, block.ahead[s]);
+    logits_tile<NV>(block.weight[s], block.n, at.hidden[s] + panel * PANEL * D, D, z,
+                    block.ahead[s]);
     transform.template apply<NV>(z, block.n, block.bias[s]);
   }
 
@@ -191,15 +196,17 @@ class Chunk {
 
   Rows rows(int64_t panel) const { return at.rows.from(panel * PANEL); }
 
-  // The one sweep. The target and the other entries of its distribution are left out of the gradient: their
-  // q - mass is added when q is known, as one difference.
+  // The one sweep. The target and the other entries of its distribution are left out of the
+  // gradient: their q - mass is added when q is known, as one difference.
   template <int NV>
-  void statistics_and_gradient(int64_t segment, Block& block, int64_t panel, const Layout::Scratch& scratch) {
+  void statistics_and_gradient(int64_t segment, Block& block, int64_t panel,
+                               const Layout::Scratch& scratch) {
     const int64_t D = p.heads[0].D, first = segment * p.rows + panel * PANEL;
     float *z = scratch.z[0], *dz = scratch.dz, *z_target = at.z_target[0];
     logits<NV>(0, block, panel, z);
     targets<NV>(block, panel, [&](int64_t row, int64_t i) { z_target[row] = z[i], z[i] = -INF; });
-    const auto shrinkage = at.softmax[0].from(first).add<NV>(z, block.n, [&](int64_t i, vf e) { store(dz + i, e); });
+    const auto shrinkage =
+        at.softmax[0].from(first).add<NV>(z, block.n, [&](int64_t i, vf e) { store(dz + i, e); });
     targets<NV>(block, panel, [&](int64_t row, int64_t i) { z[i] = z_target[row]; });
     entries.within(panel, block.first, block.n, [&](Entry& entry) {
       const int64_t i = position<NV>(block, panel, entry);
@@ -211,8 +218,8 @@ class Chunk {
     gradient_tile<NV>(scratch.packed, block.n, dz, D, dh, block.ahead[0]);
   }
 
-  // Sweep 1. The target is left out of the sums, so that 1 - q_target never has to be a difference; of the
-  // teacher's too, so that equal logits have equal normalisers.
+  // Sweep 1. The target is left out of the sums, so that 1 - q_target never has to be a difference;
+  // of the teacher's too, so that equal logits have equal normalisers.
   template <int NV>
   void statistics(int64_t segment, Block& block, int64_t panel, const Layout::Scratch& scratch) {
     const int64_t first = segment * p.rows + panel * PANEL;
@@ -229,7 +236,8 @@ class Chunk {
                    [&](Entry& entry) { entry.z = z[0][position<NV>(block, panel, entry)]; });
     for (int s = 0; s < p.streams; s++) {
       float* z_target = at.z_target[s];
-      targets<NV>(block, panel, [&](int64_t row, int64_t i) { z_target[row] = z[s][i], z[s][i] = -INF; });
+      targets<NV>(block, panel,
+                  [&](int64_t row, int64_t i) { z_target[row] = z[s][i], z[s][i] = -INF; });
       at.softmax[s].from(first).add<NV>(z[s], block.n);
       targets<NV>(block, panel, [&](int64_t row, int64_t i) { z[s][i] = z_target[row]; });
     }
@@ -238,7 +246,8 @@ class Chunk {
   // Sweep 2.
   template <int NV>
   void measure(int64_t segment, Block& block, int64_t panel, const Layout::Scratch& scratch) const {
-    const float *z = again<NV>(0, block, panel, scratch), *z_teacher = again<NV>(1, block, panel, scratch);
+    const float *z = again<NV>(0, block, panel, scratch),
+                *z_teacher = again<NV>(1, block, panel, scratch);
     const int64_t first = segment * p.rows + panel * PANEL;
     with_divergence([&](auto divergence) {
       divergence_sums<NV, decltype(divergence)>(z, z_teacher, block.n, rows(panel), mixture,
@@ -255,9 +264,11 @@ class Chunk {
     if (p.targets) {
       const float weight = float(1.0 - p.alpha), uniform = p.label_smoothing / p.V;
       softmax_gradient<NV>(z, block.n, rows(panel), weight, uniform, dz);
-      targets<NV>(block, panel, [&](int64_t row, int64_t i) { dz[i] = weight * (at.dz_target[row] - uniform); });
-      entries.within(panel, block.first, block.n,
-                     [&](Entry& entry) { dz[position<NV>(block, panel, entry)] -= weight * entry.mass; });
+      targets<NV>(block, panel,
+                  [&](int64_t row, int64_t i) { dz[i] = weight * (at.dz_target[row] - uniform); });
+      entries.within(panel, block.first, block.n, [&](Entry& entry) {
+        dz[position<NV>(block, panel, entry)] -= weight * entry.mass;
+      });
     }
     if (p.streams == 2) {
       const float* z_teacher = again<NV>(1, block, panel, scratch);
@@ -270,7 +281,8 @@ class Chunk {
       });
     }
     transform.template chain<NV>(z, block.n, dz);
-    gradient_tile<NV>(scratch.packed, block.n, dz, D, at.dh + gradient_offset(segment, panel), block.ahead[0]);
+    gradient_tile<NV>(scratch.packed, block.n, dz, D, at.dh + gradient_offset(segment, panel),
+                      block.ahead[0]);
   }
 
   template <class Body>
@@ -290,8 +302,9 @@ class Chunk {
     return top;
   }
 
-  // dz = slope - q * sum of slopes, and forward KL's slopes sum to zero but for rounding. What rounding
-  // left is known only now: it is taken off at the largest q, which is most of it in a confident row.
+  // dz = slope - q * sum of slopes, and forward KL's slopes sum to zero but for rounding. What
+  // rounding left is known only now: it is taken off at the largest q, which is most of it in a
+  // confident row.
   void balance_slopes() const {
     parallel(panels, p.threads, [&](int64_t panel, int) {
       std::vector<float> row_of_head(p.heads[0].D);
@@ -324,8 +337,8 @@ class Chunk {
   }
 
   void finish_softmax() const {
-    // Of a distribution on several entries: what lies outside the first, and what that adds to the loss. All
-    // is measured from z_target: what the teacher is sure of is exact.
+    // Of a distribution on several entries: what lies outside the first, and what that adds to the
+    // loss. All is measured from z_target: what the teacher is sure of is exact.
     std::vector<double> rest(count, p.label_smoothing), more(count, 0.0);
     for (int64_t row = 0; row < count && p.masses; row++) {
       const double tail = p.masses[(start + row) * (1 + p.K)];
@@ -354,14 +367,16 @@ class Chunk {
   }
 
   // z: the target's logit; others: logsumexp without it
-  void finish_nll(int64_t row, double z, double others, double lse, double rest, double more) const {
+  void finish_nll(int64_t row, double z, double others, double lse, double rest,
+                  double more) const {
     // of all others against the target; NaN where the row has no finite normaliser
     const double odds = others - z + (lse - lse);
     const double nll = logaddexp(odds, 0.0);
     const double missing = 1.0 / (1.0 + std::exp(-odds));  // 1 - q_target
     at.dz_target[row] = float(rest - missing);
     double loss = (1.0 - p.label_smoothing) * nll;
-    if (p.label_smoothing) loss += p.label_smoothing * (lse - over_segments(at.softmax[0].total, row) / p.V);
+    if (p.label_smoothing)
+      loss += p.label_smoothing * (lse - over_segments(at.softmax[0].total, row) / p.V);
     at.nll[row] = float(z == -INF ? odds : loss + more);
   }
 
@@ -375,7 +390,8 @@ class Chunk {
   }
 
   void finish_slopes() const {
-    for (int64_t row = 0; row < count; row++) at.rows.slope_sum[row] = float(over_segments(at.slope, row));
+    for (int64_t row = 0; row < count; row++)
+      at.rows.slope_sum[row] = float(over_segments(at.slope, row));
   }
 
   void finish_loss() const {
@@ -402,11 +418,13 @@ class Chunk {
       });
       std::vector<float> row_of_head(p.heads[0].D);
       for (int64_t row = panel * PANEL; row < std::min(count, (panel + 1) * PANEL); row++)
-        add_entry(row, p.targets[start + row], weight * at.dz_target[row] * transform.slope(at.z_target[0][row]),
-                  row_of_head);
+        add_entry(row, p.targets[start + row],
+                  weight * at.dz_target[row] * transform.slope(at.z_target[0][row]), row_of_head);
       for (const Entry& entry : entries.of(panel))
-        add_entry(entry.row, entry.v, weight * (probability(entry.z, entry.row) - entry.mass) * transform.slope(entry.z),
-                  row_of_head);
+        add_entry(
+            entry.row, entry.v,
+            weight * (probability(entry.z, entry.row) - entry.mass) * transform.slope(entry.z),
+            row_of_head);
     });
   }
 
@@ -440,9 +458,7 @@ class Chunk {
   }
 };
 
-static int64_t workspace_floats(const TokenLoss& p) {
-  return Layout(p, nullptr).size;
-}
+static int64_t workspace_floats(const TokenLoss& p) { return Layout(p, nullptr).size; }
 
 static void run(const TokenLoss& p, ParallelFor parallel) {
   const Layout layout(p, p.workspace);

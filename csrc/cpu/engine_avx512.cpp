@@ -11,7 +11,8 @@
 
 #if defined(__x86_64__)
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma"))), apply_to = function)
+#pragma clang attribute push( \
+    __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma"))), apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")
 #endif
@@ -22,7 +23,8 @@ namespace softprompt_fast::avx512 {
 }  // namespace softprompt_fast::avx512
 
 namespace softprompt_fast {
-const Engine avx512_engine{"avx512", avx512::PANEL, avx512::LANES, avx512::workspace_floats, avx512::run};
+const Engine avx512_engine{"avx512", avx512::PANEL, avx512::LANES, avx512::workspace_floats,
+                           avx512::run};
 }  // namespace softprompt_fast
 #if defined(__clang__)
 #pragma clang attribute pop

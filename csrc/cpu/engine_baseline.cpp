@@ -16,5 +16,6 @@ namespace softprompt_fast::baseline {
 }  // namespace softprompt_fast::baseline
 
 namespace softprompt_fast {
-const Engine baseline_engine{"baseline", baseline::PANEL, baseline::LANES, baseline::workspace_floats, baseline::run};
+const Engine baseline_engine{"baseline", baseline::PANEL, baseline::LANES,
+                             baseline::workspace_floats, baseline::run};
 }  // namespace softprompt_fast

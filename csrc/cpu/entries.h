@@ -1,5 +1,5 @@
-// The entries of a chunk's target distributions besides each row's first, by panel and in the vocabulary's order,
-// so that a tile of logits finds its own by bisection.
+// The entries of a chunk's target distributions besides each row's first, by panel and in the
+// vocabulary's order, so that a tile of logits finds its own by bisection.
 
 struct Entry {
   int64_t v, row;  // in the vocabulary, in the chunk
@@ -14,11 +14,13 @@ class Entries {
       const float* masses = p.masses + (start + row) * (1 + p.K);
       for (int64_t k = 0; k < p.K; k++)
         if (masses[1 + k] > 0)
-          panels[row / PANEL].push_back({p.more_targets[(start + row) * p.K + k], row, masses[1 + k], 0.0f});
+          panels[row / PANEL].push_back(
+              {p.more_targets[(start + row) * p.K + k], row, masses[1 + k], 0.0f});
     }
     for (auto& panel : panels)
-      std::sort(panel.begin(), panel.end(),
-                [](const Entry& a, const Entry& b) { return a.v != b.v ? a.v < b.v : a.row < b.row; });
+      std::sort(panel.begin(), panel.end(), [](const Entry& a, const Entry& b) {
+        return a.v != b.v ? a.v < b.v : a.row < b.row;
+      });
   }
 
   // Calls body(entry) for each entry of the panel in [first, first + n) of the vocabulary.

@@ -1,10 +1,12 @@
-// Where the engine keeps what it writes beside loss and gradient: one block of memory, planned once.
+// Where the engine keeps what it writes beside loss and gradient: one block, planned once.
 //
 // Legend: D hidden width, V vocabulary, SEGMENTS parts of the vocabulary with sums of their own.
 
 constexpr int64_t SEGMENTS = 8;
 
-SPF_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+SPF_INLINE int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
 
 // Everything that the engine writes beside loss and gradient, in one block of memory.
 class Layout {
@@ -32,7 +34,9 @@ class Layout {
     value = at.take(SEGMENTS * n), slope = at.take(SEGMENTS * n);
     dz_target = at.take(n), nll = at.take(n);
     peak = {at.take(SEGMENTS * n), at.take(SEGMENTS * n), at.take_int(SEGMENTS * n)};
-    rows = {{at.take(n), at.take(n)}, {at.take(n), at.take(n)}, {at.take(n), at.take(n), at.take_int(n)},
+    rows = {{at.take(n), at.take(n)},
+            {at.take(n), at.take(n)},
+            {at.take(n), at.take(n), at.take_int(n)},
             at.take(n)};
     scratch_base = at.next;
     scratch_size = 0;
@@ -42,10 +46,13 @@ class Layout {
 
   // What is large is kept of the rows that there are, not of whole panels.
   int64_t lanes() const { return round_up(std::min(p.rows, p.T), LANES); }
-  int64_t stored_stride() const { return lanes() * stored_entries(); }          // logits of one stream
-  int64_t dh_stride() const { return lanes() * round_up(p.heads[0].D, TILE); }  // gradient of one segment
+  // Logits of one stream.
+  int64_t stored_stride() const { return lanes() * stored_entries(); }
+  // Gradient of one segment.
+  int64_t dh_stride() const { return lanes() * round_up(p.heads[0].D, TILE); }
 
-  // Logits are kept of the first `stored` of every PERIOD blocks of the vocabulary: every segment has its share.
+  // Logits are kept of the first `stored` of every PERIOD blocks of the vocabulary: every segment
+  // has its share.
   bool is_stored(int64_t v) const { return v / BLOCK % PERIOD < p.stored; }
   int64_t stored_entries() const { return stored_before(round_up(p.V, BLOCK)); }
   int64_t stored_before(int64_t v) const {  // v begins a block

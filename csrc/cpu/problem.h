@@ -1,4 +1,4 @@
-// One call of the CPU engine in plain C++: no PyTorch types, so that every instruction set compiles it.
+// One call of the CPU engine in plain C++: every instruction set compiles it, without PyTorch.
 //
 // Legend: T tokens, D hidden width, V vocabulary. All matrices are dense and row-major.
 #pragma once
@@ -27,29 +27,30 @@ struct TokenLoss {
   int64_t T, V;
   const int64_t* targets;  // [T] in range, or null
   float label_smoothing;
-  // A target distribution with more entries than one: masses[0] on a tail, masses[1 + k] on more_targets[k],
-  // what is left on the target. An entry without mass is not looked at.
+  // A target distribution with more entries than one: masses[0] on a tail, masses[1 + k] on
+  // more_targets[k], what is left on the target. An entry without mass is not looked at.
   int64_t K;
   const int64_t* more_targets;  // [T, K] or null
   const float* masses;          // [T, 1 + K]
-  double alpha;       // loss = alpha * divergence + (1 - alpha) * nll
-  double beta;        // 0 KL(p||q), 1 KL(q||p), between JSD
-  float softcap;      // 0: none
+
+  double alpha;   // loss = alpha * divergence + (1 - alpha) * nll
+  double beta;    // 0 KL(p||q), 1 KL(q||p), between JSD
+  float softcap;  // 0: none
   float logit_scale;
   float temperature;
-  int64_t rows;       // rows in a chunk, whole vectors of them
-  int stored;         // of PERIOD blocks of the vocabulary, so many keep their logits between the sweeps
-  int threads;        // as many work, each in scratch of its own
-  float* loss;        // [T]
-  float* dhidden;     // [T, D] or null
-  float* workspace;   // workspace_floats()
+  int64_t rows;      // rows in a chunk, whole vectors of them
+  int stored;        // so many of PERIOD blocks of the vocabulary keep their logits between sweeps
+  int threads;       // as many work, each in scratch of its own
+  float* loss;       // [T]
+  float* dhidden;    // [T, D] or null
+  float* workspace;  // workspace_floats()
 };
 
 // Runs tasks [0, tasks) on at most `threads` at once; each call knows which of them it is.
 using Task = std::function<void(int64_t task, int thread)>;
 using ParallelFor = void (*)(int64_t tasks, int threads, const Task&);
 
-// Says that all of this memory will be written. In small pages, handing them out took a tenth of KL's time.
+// Says that all of this memory will be written. Handing out small pages took a tenth of KL's time.
 void expect_to_fill(void* first, int64_t bytes);
 
 // What one instruction set offers.

@@ -1,16 +1,16 @@
 // The two matrix products of a tile: logits, and the gradient that goes back through the head.
 //
-// A panel is NV vectors of rows (tokens): the rows lie in the SIMD lanes, the head's numbers are broadcast.
-// So the head is read as it lies in memory, the softmax over the vocabulary needs no step across lanes,
-// and a row's sums are taken in one fixed order whatever rows stand beside it.
+// A panel is NV vectors of rows (tokens): the rows lie in the SIMD lanes, the head's numbers are
+// broadcast. So the head is read as it lies in memory, the softmax over the vocabulary needs no
+// step across lanes, and a row's sums are taken in one fixed order whatever rows stand beside it.
 
 constexpr int PANEL_VECTORS = 3;
 constexpr int PANEL = PANEL_VECTORS * LANES;
 // Rows of a register tile: TILE * PANEL_VECTORS accumulators fit the register file (32 or 16).
 constexpr int TILE = SPF_VECTOR_BYTES == 64 ? 8 : 4;
-// Vocabulary entries of a block, which stays in the second-level cache with its packed copy and the block that
-// comes next; and the slice of D whose panel stays in the first. Each slice's sums begin anew, so that a
-// logit's rounding error grows with D / SLICE and not with D.
+// Vocabulary entries of a block, which stays in the second-level cache with its packed copy and the
+// block that comes next; and the slice of D whose panel stays in the first. Each slice's sums begin
+// anew, so that a logit's rounding error grows with D / SLICE and not with D.
 constexpr int64_t BLOCK = 48;
 constexpr int64_t SLICE = 64;
 constexpr int64_t LINE = 64;  // bytes of a line of the cache
@@ -19,7 +19,8 @@ SPF_INLINE float half_to_float(uint16_t h) {
   // subnormals as integers: floating-point tricks fail where the caller flushes subnormals to zero
   const float subnormal = float(h & 0x03ff) * 0x1p-24f;
   const uint32_t exponent = h & 0x7c00, sign = uint32_t(h & 0x8000) << 16;
-  uint32_t bits = (uint32_t(h & 0x7fff) << 13) + (exponent == 0x7c00 ? (255 - 31) << 23 : (127 - 15) << 23);
+  uint32_t bits =
+      (uint32_t(h & 0x7fff) << 13) + (exponent == 0x7c00 ? (255 - 31) << 23 : (127 - 15) << 23);
   uint32_t small;
   __builtin_memcpy(&small, &subnormal, 4);
   bits = sign | (exponent ? bits : small);
@@ -44,20 +45,21 @@ static void to_float(const void* source, Dtype dtype, int64_t first, int64_t n, 
   }
 }
 
-// What is to come from memory, asked for a few lines at every register tile: the products hide the wait. The
-// hardware does not foresee a product that walks over many rows at once.
+// What is to come from memory, asked for a few lines at every register tile: the products hide the
+// wait. The hardware does not foresee a product that walks over many rows at once.
 struct Ahead {
   const char* at;
   int64_t left;  // bytes
 
   void fetch(int64_t bytes) {
-    for (const int64_t stop = std::max<int64_t>(left - bytes, 0); left > stop; left -= LINE, at += LINE)
+    for (const int64_t stop = std::max<int64_t>(left - bytes, 0); left > stop;
+         left -= LINE, at += LINE)
       __builtin_prefetch(at, 0, 2);
   }
 };
 
-// M rows of: out[v, :] (+)= sum over k in [0, n) of a[v, k] * b[k, :]; a's row stride is `lda`, column
-// stride `step`.
+// M rows of: out[v, :] (+)= sum over k in [0, n) of a[v, k] * b[k, :]; a's row stride is `lda`,
+// column stride `step`.
 template <int M, int NV>
 SPF_INLINE void register_tile(const float* a, int64_t lda, int64_t step, const float* b, int64_t n,
                               float* out, bool accumulate) {
@@ -86,7 +88,8 @@ SPF_INLINE void register_tile(const float* a, int64_t lda, int64_t step, const f
 
 // z[v, :] = sum over d of w[v, d] * h[d, :] for v in [0, n).    w [n, D], h [D, ROWS]
 template <int NV>
-static void logits_tile(const float* w, int64_t n, const float* h, int64_t D, float* z, Ahead& ahead) {
+static void logits_tile(const float* w, int64_t n, const float* h, int64_t D, float* z,
+                        Ahead& ahead) {
   constexpr int ROWS = NV * LANES;
   for (int64_t d = 0; d < D; d += SLICE) {
     const int64_t width = D - d < SLICE ? D - d : SLICE;
@@ -100,12 +103,14 @@ static void logits_tile(const float* w, int64_t n, const float* h, int64_t D, fl
   }
 }
 
-// [n, D] -> [ceil(D / TILE)][n][TILE], so that the gradient's broadcasts are contiguous. Zero padded.
+// [n, D] -> [ceil(D / TILE)][n][TILE], so that the gradient's broadcasts are contiguous;
+// padded with zeros.
 static void pack_columns(const float* w, int64_t n, int64_t D, float* packed) {
   for (int64_t v = 0; v < n; v++, w += D) {
     float* out = packed + v * TILE;
     int64_t d = 0;
-    for (; d + TILE <= D; d += TILE, out += n * TILE) __builtin_memcpy(out, w + d, TILE * sizeof(float));
+    for (; d + TILE <= D; d += TILE, out += n * TILE)
+      __builtin_memcpy(out, w + d, TILE * sizeof(float));
     if (d < D)
       for (int64_t i = 0; i < TILE; i++) out[i] = d + i < D ? w[d + i] : 0.0f;
   }
@@ -113,7 +118,8 @@ static void pack_columns(const float* w, int64_t n, int64_t D, float* packed) {
 
 // dh[d, :] += sum over v in [0, n) of w[v, d] * dz[v, :].    packed: see above, dh [padded D, ROWS]
 template <int NV>
-static void gradient_tile(const float* packed, int64_t n, const float* dz, int64_t D, float* dh, Ahead& ahead) {
+static void gradient_tile(const float* packed, int64_t n, const float* dz, int64_t D, float* dh,
+                          Ahead& ahead) {
   constexpr int ROWS = NV * LANES;
   for (int64_t d = 0; d < D; d += TILE) {
     ahead.fetch(TILE * n * sizeof(float));

@@ -1,9 +1,9 @@
-// One SIMD vector of fp32 in the compiler's own vector type, and the functions that the losses need.
+// One SIMD vector of fp32 in the compiler's own vector type, and the functions that losses need.
 // Included once per instruction set, inside its namespace; LANES follows from SPF_VECTOR_BYTES.
 
 constexpr int LANES = SPF_VECTOR_BYTES / sizeof(float);
 typedef float vf __attribute__((vector_size(SPF_VECTOR_BYTES)));
-typedef int32_t vi __attribute__((vector_size(SPF_VECTOR_BYTES)));  // also the result of a comparison
+typedef int32_t vi __attribute__((vector_size(SPF_VECTOR_BYTES)));  // and a comparison's result
 
 #define SPF_INLINE static inline __attribute__((always_inline))
 
@@ -18,9 +18,9 @@ SPF_INLINE void store(float* p, vf x) { __builtin_memcpy(p, &x, sizeof x); }
 SPF_INLINE vf broadcast(float x) { return x - vf{}; }
 SPF_INLINE vf bits_to_float(vi x) { return (vf)x; }
 
-// a * b + c. Only this is ever fused (the build says -ffp-contract=off), so that a row's result does not
-// depend on which of the templates' instances it went through. Asked by width: a target pragma, by which the
-// engines are compiled, does not define __FMA__.
+// a * b + c. Only this is ever fused (the build says -ffp-contract=off), so that a row's result
+// does not depend on which of the templates' instances it went through. Asked by width: a target
+// pragma, by which the engines are compiled, does not define __FMA__.
 SPF_INLINE vf fma(vf a, vf b, vf c) {
 #if SPF_VECTOR_BYTES == 64
   return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);

@@ -1,6 +1,6 @@
-// What happens to a tile of logits: the transform, running softmax statistics, values and gradients.
+// What happens to a tile of logits: the transform, softmax statistics, values and gradients.
 //
-// A tile is z [n, ROWS]: n vocabulary entries by NV vectors of rows. Statistics are one number a row.
+// A tile is z [n, ROWS]: n vocabulary entries by NV vectors of rows. Statistics: one number a row.
 
 struct Transform {
   float softcap, scale, temperature;
@@ -51,7 +51,7 @@ struct Shrinkage {
   }
 };
 
-// Running logsumexp of the rows of a panel: sum of e^(z - top) and top = max z; and the plain sum of z.
+// Running logsumexp of the rows of a panel: sum of e^(z - top) and top = max z; and the sum of z.
 struct Softmax {
   float *top, *sum, *total;  // [ROWS] each
 
@@ -59,8 +59,8 @@ struct Softmax {
     for (int64_t r = 0; r < rows; r++) top[r] = -INF, sum[r] = total[r] = 0.0f;
   }
 
-  // Adds a tile. keep(position, e) is given e = e^(z - top) of every logit, the top of its own row's so far;
-  // the result is the factor by which sums taken under the earlier tops have shrunk.
+  // Adds a tile. keep(position, e) is given e = e^(z - top) of every logit, the top of its own
+  // row's so far; the result is the factor by which sums taken under the earlier tops have shrunk.
   template <int NV, class Keep>
   Shrinkage<NV> add(const float* z, int64_t n, const Keep& keep) const {
     constexpr int ROWS = NV * LANES;
@@ -108,8 +108,9 @@ struct Softmax {
 };
 
 // Divergences of teacher p and student q, one vocabulary entry at a time; see
-// softprompt_fast/backends/formulas.py. The slope may be shifted by any multiple of q. Where it is q * rate,
-// taking off the rate of the student's most probable entry keeps a confident student from cancelling.
+// softprompt_fast/backends/formulas.py. The slope may be shifted by any multiple of q. Where it is
+// q * rate, taking off the rate of the student's most probable entry keeps a confident
+// student from cancelling.
 struct ValueSlope {
   vf value, slope;
 };
@@ -117,8 +118,8 @@ constexpr float SMALL = 0.5f, RULED_OUT = 1.0f, FAR = 30.0f;
 
 SPF_INLINE vf times(vf p, vf x) { return p == 0.0f ? broadcast(0.0f) : p * x; }
 
-// The parts of teacher and student in the mixture m = p teacher + q student, from double: 1 - beta keeps
-// its digits.
+// The parts of teacher and student in the mixture m = p teacher + q student, from double: 1 - beta
+// keeps its digits.
 struct Mixture {
   float p, q, log_q, p_over_q;
 
@@ -127,7 +128,8 @@ struct Mixture {
         p_over_q(float(beta / (1.0 - beta))) {}
 };
 
-// What is taken off the rates of a row, from d = log q - log p of the student's most probable entry.
+// What is taken off the rates of a row, from d = log q - log p of the student's
+// most probable entry.
 struct Shift {
   vf rate;
   vi ruled_out;  // the teacher gives that entry much less probability
@@ -173,7 +175,8 @@ struct JensenShannon {
   SPF_INLINE ValueSlope at(vf log_p, vf log_q, const Mixture& m, const Shift& shift) {
     vf p = exp(log_p), q = exp(log_q);
     Ratios over = over_mixture(log_q - log_p, m, shift.ruled_out);
-    return {m.p * times(p, over.p) + m.q * times(q, over.q), m.q * times(q, over.rate - shift.rate)};
+    return {m.p * times(p, over.p) + m.q * times(q, over.q),
+            m.q * times(q, over.rate - shift.rate)};
   }
 };
 
@@ -209,8 +212,9 @@ struct Peak {
   Peak from(int64_t row) const { return {z + row, z_teacher + row, entry + row}; }
 };
 
-// The logarithm of a row's softmax sum, as the largest logit and the rest: a difference z - top is exact
-// where it matters, z - (top + log_sum) would be rounded to the size of the logits.    [ROWS] each
+// The logarithm of a row's softmax sum, as the largest logit and the rest: a difference z - top is
+// exact where it matters, z - (top + log_sum) would be rounded to the size of the logits.
+// [ROWS] each
 struct Normaliser {
   float *top, *log_sum;
 
@@ -286,8 +290,8 @@ static void divergence_gradient(const float* z, const float* z_teacher, int64_t 
 
 // dz = weight * (q - uniform).
 template <int NV>
-static void softmax_gradient(const float* z, int64_t n, const Rows& rows, float weight, float uniform,
-                             float* dz) {
+static void softmax_gradient(const float* z, int64_t n, const Rows& rows, float weight,
+                             float uniform, float* dz) {
   constexpr int ROWS = NV * LANES;
   for (int j = 0; j < NV; j++) {
     const LogSoftmax log_q(rows.q, j);

@@ -1,8 +1,9 @@
-// The mathematics of an entry of the vocabulary: logit transform, divergences, log softmax. The formulas and
-// their reasons are those of softprompt_fast/backends/formulas.py and of csrc/cpu/tiles.h.
+// The mathematics of an entry of the vocabulary: logit transform, divergences, log softmax. The
+// formulas and their reasons are those of softprompt_fast/backends/formulas.py and of
+// csrc/cpu/tiles.h.
 //
-// Compiled with -fmad=false: only __fmaf_rn is fused, so that equal arithmetic gives equal numbers wherever
-// it stands.
+// Compiled with -fmad=false: only __fmaf_rn is fused, so that equal arithmetic gives equal numbers
+// wherever it stands.
 #pragma once
 
 #include <cmath>
@@ -27,7 +28,9 @@ struct Transform {
         outer(float(rows.softcap / rows.temperature)),
         z_to_tanh(capped ? float(rows.temperature / rows.softcap) : 0.0f) {}
 
-  __device__ __forceinline__ float z(float x) const { return capped ? outer * tanhf(inner * x) : gain * x; }
+  __device__ __forceinline__ float z(float x) const {
+    return capped ? outer * tanhf(inner * x) : gain * x;
+  }
 
   // d z / d raw
   __device__ __forceinline__ float slope(float z) const {
@@ -37,21 +40,22 @@ struct Transform {
   }
 };
 
-// The softmax of a row, from its largest logit and the sum of e^(z - top). A difference z - top is exact where
-// it matters; z - (top + log_sum) would be rounded to the size of the logits.
+// The softmax of a row, from its largest logit and the sum of e^(z - top). A difference z - top is
+// exact where it matters; z - (top + log_sum) would be rounded to the size of the logits.
 struct Softmax {
   float top, log_sum, inverse;
 
   Softmax() = default;
-  __device__ __forceinline__ Softmax(float top, float sum) : top(top), log_sum(logf(sum)), inverse(1.0f / sum) {}
+  __device__ __forceinline__ Softmax(float top, float sum)
+      : top(top), log_sum(logf(sum)), inverse(1.0f / sum) {}
 
   __device__ __forceinline__ float log(float z) const { return (z - top) - log_sum; }
   __device__ __forceinline__ float operator()(float z) const { return expf(z - top) * inverse; }
 };
 
-// The softmax of a row whose target was left out of `others`, the sum of e^(z - top): with the odds of all
-// other entries against the target, -log q = log(1 + odds) and 1 - q = odds / (1 + odds) keep the relative
-// accuracy of a confident row.
+// The softmax of a row whose target was left out of `others`, the sum of e^(z - top): with the odds
+// of all other entries against the target, -log q = log(1 + odds) and 1 - q = odds / (1 + odds)
+// keep the relative accuracy of a confident row.
 struct Likelihood {
   float nll, missing;  // -log q and 1 - q of the target
 
@@ -91,8 +95,9 @@ SPF_DEVICE float excess(float d) {
   return s * d * d;
 }
 
-// A divergence gives the value and the slope (by log q, up to a multiple of q) of an entry, from p, q and
-// d = log q - log p. BALANCED: the slopes sum to zero but for rounding, so that one sweep gives value and gradient.
+// A divergence gives the value and the slope (by log q, up to a multiple of q) of an entry, from p,
+// q and d = log q - log p. BALANCED: the slopes sum to zero but for rounding, so that one sweep
+// gives value and gradient.
 struct OneTarget {
   static constexpr bool TEACHER = false, BALANCED = false, ENTRIES = false;
 };
@@ -131,7 +136,7 @@ struct JensenShannon {
 
   struct Ratios {
     float p, q;  // log(p / m), log(q / m)
-    float rate;  // log(q / m), but log(q_part * q / m) in a row that is ruled out: a small number there
+    float rate;  // log(q / m); in a row that is ruled out log(q_part * q / m), a small number there
   };
 
   __device__ __forceinline__ Ratios over_mixture(float d, bool ruled_out) const {
@@ -155,12 +160,13 @@ struct JensenShannon {
   }
   __device__ __forceinline__ ValueSlope at(float p, float q, float d, Shift shift) const {
     const Ratios over = over_mixture(d, shift.ruled_out);
-    return {p_part * times(p, over.p) + q_part * times(q, over.q), q_part * times(q, over.rate - shift.rate)};
+    return {p_part * times(p, over.p) + q_part * times(q, over.q),
+            q_part * times(q, over.rate - shift.rate)};
   }
 };
 
-// The power of two that lifts numbers up to `bound` into [2^13, 2^14): high in fp16's range, with room
-// for the bound's own rounding. 1 where there is no such number.
+// The power of two that lifts numbers up to `bound` into [2^13, 2^14): high in fp16's range, with
+// room for the bound's own rounding. 1 where there is no such number.
 SPF_DEVICE float lift_to_fp16(float bound) {
   if (!(bound > 0.0f && bound < INF)) return 1.0f;
   const int exponent = 13 - ilogbf(bound);

@@ -1,5 +1,5 @@
-// Eight entries of the vocabulary: what a thread loads and stores at once. fp32 takes two 16-byte accesses,
-// a 16-bit dtype one.
+// Eight entries of the vocabulary: what a thread loads and stores at once. fp32 takes two 16-byte
+// accesses, a 16-bit dtype one.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -18,7 +18,8 @@ struct Octet {
   __device__ __forceinline__ float& operator[](int i) { return v[i]; }
   __device__ __forceinline__ float operator[](int i) const { return v[i]; }
   __device__ __forceinline__ float largest() const {
-    return fmaxf(fmaxf(fmaxf(v[0], v[1]), fmaxf(v[2], v[3])), fmaxf(fmaxf(v[4], v[5]), fmaxf(v[6], v[7])));
+    return fmaxf(fmaxf(fmaxf(v[0], v[1]), fmaxf(v[2], v[3])),
+                 fmaxf(fmaxf(v[4], v[5]), fmaxf(v[6], v[7])));
   }
 };
 

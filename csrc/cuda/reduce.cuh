@@ -1,5 +1,5 @@
-// One number a row from all threads of all blocks that work on it: over the warp, the block, the cluster,
-// each in a fixed order. Every thread gets the same bits.
+// One number a row from all threads of all blocks that work on it: over the warp, the block, the
+// cluster, each in a fixed order. Every thread gets the same bits.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -29,8 +29,8 @@ SPF_DEVICE T* of_block(T* shared, int) {
 }
 #endif
 
-// Room for what warps and blocks leave for each other. Each reduction of a row has its own, written once:
-// nobody has to wait until it has been read.
+// Room for what warps and blocks leave for each other. Each reduction of a row has its own, written
+// once: nobody has to wait until it has been read.
 struct Exchange {
   static constexpr int REDUCTIONS = 3;
   float4 warps[REDUCTIONS][MAX_THREADS / WARP];
@@ -52,8 +52,8 @@ SPF_DEVICE T over_warp(T mine) {
   return mine;
 }
 
-// T: 4-byte members, at most 16 bytes; T() is neutral, T::combine commutes. Called once a row for each
-// REDUCTION, by all threads of the cluster.
+// T: 4-byte members, at most 16 bytes; T() is neutral, T::combine commutes. Called once a row for
+// each REDUCTION, by all threads of the cluster.
 template <int REDUCTION, class T>
 SPF_DEVICE T over_row(T mine, Exchange& exchange) {
   static_assert(sizeof(T) <= sizeof(float4) && REDUCTION < Exchange::REDUCTIONS);

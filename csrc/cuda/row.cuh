@@ -28,13 +28,15 @@ struct Row {
   float z_target = -INF;
   Softmax q, p;
   Shift shift;
-  float nll = 0.0f, missing = 0.0f;           // of the target: -log q and 1 - q
-  float elsewhere = 0.0f, at_target = 0.0f;  // what the target leaves to others, and the nll's slope there
+  float nll = 0.0f, missing = 0.0f;  // of the target: -log q and 1 - q
+  float elsewhere = 0.0f;            // what the target leaves to others
+  float at_target = 0.0f;            // the nll's slope there
 
   __device__ __forceinline__ Row(const Task& task, const Divergence& divergence, int64_t index)
       : task(task), divergence(divergence), index(index) {}
 
-  __device__ __forceinline__ void finish_softmax(const Tops& tops, const Sums& sums, const Spread& spread) {
+  __device__ __forceinline__ void finish_softmax(const Tops& tops, const Sums& sums,
+                                                 const Spread& spread) {
     if (spread.unknown) z_target = NAN;
     q = Softmax(tops.student, sums.others + expf(z_target - tops.student));
     if (task.rows.targets) {
@@ -64,10 +66,13 @@ struct Row {
   }
 
   // The nll's slope at an entry that is not the target.
-  __device__ __forceinline__ float nll_slope(float z, float mass) const { return (q(z) - mass) - task.uniform; }
+  __device__ __forceinline__ float nll_slope(float z, float mass) const {
+    return (q(z) - mass) - task.uniform;
+  }
 
   // dz of an entry; divergence_gradient: by z, where there is a teacher
-  __device__ __forceinline__ float gradient(float z, bool is_target, float divergence_gradient) const {
+  __device__ __forceinline__ float gradient(float z, bool is_target,
+                                            float divergence_gradient) const {
     float g = 0.0f;
     if (!TEACHER || task.rows.targets)
       g = task.nll_weight * (is_target ? at_target : nll_slope(z, 0.0f));
@@ -79,8 +84,9 @@ struct Row {
   __device__ __forceinline__ float gradient_bound(const Measures& measures) const {
     float bound = task.rows.targets ? task.nll_weight * fmaxf(missing, elsewhere) : 0.0f;
     if constexpr (TEACHER)
-      bound += task.divergence_weight * (Divergence::BALANCED ? fmaxf(p.inverse, q.inverse)
-                                                              : measures.steepest + fabsf(measures.slope));
+      bound += task.divergence_weight * (Divergence::BALANCED
+                                             ? fmaxf(p.inverse, q.inverse)
+                                             : measures.steepest + fabsf(measures.slope));
     return bound * fabsf(task.transform.gain);
   }
 

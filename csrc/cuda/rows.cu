@@ -1,5 +1,5 @@
-// The row kernel and its launchers: a plan for the device, an instance for divergence and dtype. No host
-// synchronisation, nothing that a CUDA graph could not capture.
+// The row kernel and its launchers: a plan for the device, an instance for divergence and dtype. No
+// host synchronisation, nothing that a CUDA graph could not capture.
 #include <cuda_runtime.h>
 
 #include "worker.cuh"
@@ -7,7 +7,8 @@
 namespace softprompt_fast::cuda {
 
 template <class Divergence>
-constexpr int most_threads = Divergence::TEACHER || Divergence::ENTRIES ? MAX_THREADS / 2 : MAX_THREADS;
+constexpr int most_threads =
+    Divergence::TEACHER || Divergence::ENTRIES ? MAX_THREADS / 2 : MAX_THREADS;
 
 template <class Divergence, class Head>
 __global__ void __launch_bounds__(most_threads<Divergence>, 1)
@@ -39,7 +40,8 @@ cudaError_t current_device(Device& device) {
 }
 
 template <class Kernel, class Divergence>
-cudaError_t launch(Kernel kernel, const Task& task, const Divergence& divergence, cudaStream_t stream) {
+cudaError_t launch(Kernel kernel, const Task& task, const Divergence& divergence,
+                   cudaStream_t stream) {
   const Plan& plan = task.plan;
   if (task.rows.C * plan.blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   cudaError_t error =
@@ -89,7 +91,8 @@ int run(const Rows& rows, const Divergence& divergence, double alpha, void* stre
 }  // namespace
 
 int sparse_target_rows(const Rows& rows, void* stream) {
-  return rows.masses ? run(rows, SeveralTargets(), 0.0, stream) : run(rows, OneTarget(), 0.0, stream);
+  return rows.masses ? run(rows, SeveralTargets(), 0.0, stream)
+                     : run(rows, OneTarget(), 0.0, stream);
 }
 
 int divergence_rows(const Rows& rows, void* stream) {

@@ -1,4 +1,4 @@
-// A block's slice of a row of logits: what of it is held in shared memory, and where the rest comes from.
+// A block's slice of a row of logits: what of it is held in shared memory, and where the rest lies.
 #pragma once
 
 #include <cuda_pipeline_primitives.h>
@@ -18,11 +18,11 @@ struct Stream {
   Transform transform;
 
   // memory: room for two float4 an octet
-  __device__ __forceinline__ Stream(const Logits& logits, int64_t row, int first, int count, int held,
-                                    float4* memory, const Transform& transform)
+  __device__ __forceinline__ Stream(const Logits& logits, int64_t row, int first, int count,
+                                    int held, float4* memory, const Transform& transform)
       : raw(logits.raw + row * logits.stride + first),
-        bias(logits.bias ? static_cast<const Head*>(logits.bias) + first : nullptr), count(count), held(held),
-        low(memory), high(memory + held), transform(transform) {}
+        bias(logits.bias ? static_cast<const Head*>(logits.bias) + first : nullptr), count(count),
+        held(held), low(memory), high(memory + held), transform(transform) {}
 
   // Sends the raw products that will be held on their way.
   __device__ __forceinline__ void fetch() const {

@@ -1,6 +1,6 @@
-// A row of logits in, its loss and its gradient by the raw product out. A cluster of blocks works on a row,
-// each on a slice that it holds in shared memory: a logit is read from device memory once and its gradient
-// written once.
+// A row of logits in, its loss and its gradient by the raw product out. A cluster of blocks works
+// on a row, each on a slice that it holds in shared memory: a logit is read from device memory once
+// and its gradient written once.
 //
 //   load      largest logits
 //   softmax   sums of e^(z - top)
@@ -8,9 +8,10 @@
 //   measure   sums of value and slope    (divergences that need them before the gradient)
 //   gradient
 //
-// The gradient may overwrite the logits. What the blocks hold has been read by all of them before one writes:
-// reductions lie between. A student's row that is not held belongs to a single block, which goes on in
-// ascending order: the gradient of the entries below v takes no byte of the logits from v on.
+// The gradient may overwrite the logits. What the blocks hold has been read by all of them before
+// one writes: reductions lie between. A student's row that is not held belongs to a single block,
+// which goes on in ascending order: the gradient of the entries below v takes no byte of the logits
+// from v on.
 #pragma once
 
 #include <type_traits>
@@ -37,10 +38,11 @@ struct Worker {
   __device__ __forceinline__ Worker(const Task& task, const Divergence& divergence, int64_t index,
                                     float4* memory)
       : task(task), first(min(block_in_cluster() * task.plan.slice * OCTET, task.rows.V)),
-        count(min(task.plan.slice * OCTET, task.rows.V - first)), octets((count + OCTET - 1) / OCTET),
+        count(min(task.plan.slice * OCTET, task.rows.V - first)),
+        octets((count + OCTET - 1) / OCTET),
         student(task.rows.student, index, first, count, task.plan.held[0], memory, task.transform),
-        teacher(task.rows.teacher, index, first, count, task.plan.held[1], memory + 2 * task.plan.held[0],
-                task.transform),
+        teacher(task.rows.teacher, index, first, count, task.plan.held[1],
+                memory + 2 * task.plan.held[0], task.transform),
         z_more(reinterpret_cast<float*>(memory + 2 * (task.plan.held[0] + task.plan.held[1]))),
         row(task, divergence, index) {}
 
@@ -94,13 +96,15 @@ struct Worker {
     if (task.rows.targets) {
       row.target = task.rows.targets[row.index];
       const bool inside = row.target >= 0 && row.target < task.rows.V;
-      row.z_target =
-          inside ? Stream<Head>::entry(task.rows.student, row.index, int(row.target), task.transform) : NAN;
+      row.z_target = inside ? Stream<Head>::entry(task.rows.student, row.index, int(row.target),
+                                                  task.transform)
+                            : NAN;
     }
     __pipeline_wait_prior(0);
   }
 
-  // Calls with (k, id, mass) for those of more targets that are the slice's and this thread's. id -1: no entry.
+  // Calls with (k, id, mass) for those of more targets that are the slice's and this thread's. id
+  // -1: no entry.
   template <class Visit>
   __device__ __forceinline__ void for_entries(Visit visit) const {
     const int K = int(task.rows.K);
@@ -110,7 +114,8 @@ struct Worker {
       const int64_t id = task.rows.more_targets[row.index * K + k];
       // what is no entry, or has no mass, is the first block's
       const bool is_entry = mass > 0.0f && id >= 0 && id < task.rows.V;
-      if (is_entry ? id >= first && id < first + count : first == 0) visit(k, is_entry ? int(id) : -1, mass);
+      if (is_entry ? id >= first && id < first + count : first == 0)
+        visit(k, is_entry ? int(id) : -1, mass);
     }
   }
 
@@ -136,7 +141,8 @@ struct Worker {
     __syncthreads();
     for_entries([&](int k, int id, float mass) {
       if (id < 0) return;
-      const float g = task.nll_weight * row.nll_slope(z_more[k], mass) * task.transform.slope(z_more[k]);
+      const float g =
+          task.nll_weight * row.nll_slope(z_more[k], mass) * task.transform.slope(z_more[k]);
       dz()[id - first] = Head(FP16 ? g * lift : g);
     });
   }
@@ -161,7 +167,9 @@ struct Worker {
   }
 
   // Where in an octet the target is; outside [0, OCTET) where it is elsewhere.
-  __device__ __forceinline__ int target_in(int o) const { return int(row.target) - first - o * OCTET; }
+  __device__ __forceinline__ int target_in(int o) const {
+    return int(row.target) - first - o * OCTET;
+  }
 
   // The target is left out of the sum, so that 1 - q of the target never has to be a difference.
   __device__ __forceinline__ Sums softmax(const Tops& tops) const {
@@ -208,7 +216,8 @@ struct Worker {
       const int o = start + threadIdx.x;
       Octet z{}, z_teacher{};
       if (o < octets) z = student.again(o);
-      if (student.held < octets) __syncthreads();  // before the first of these logits is overwritten
+      // before the first of these logits is overwritten
+      if (student.held < octets) __syncthreads();
       if (o >= octets) break;
       if constexpr (TEACHER) z_teacher = teacher.again(o);
       const int target = target_in(o);
@@ -228,8 +237,8 @@ struct Worker {
     return measures;
   }
 
-  // What rounding left of slopes that should sum to zero is known only now: it is taken off at the student's
-  // largest q, which is most of it in a confident row.
+  // What rounding left of slopes that should sum to zero is known only now: it is taken off at the
+  // student's largest q, which is most of it in a confident row.
   __device__ __forceinline__ void balance(const Tops& tops, float slope_sum, float lift) const {
     const int at = tops.peak - first;
     if (at < 0 || at >= count || threadIdx.x != 0) return;

@@ -14,7 +14,8 @@ struct cluster_group {
   template <class T>
   T* map_shared_rank(T* mine, int rank) const {
     const auto& shared = emulation::block->cluster->shared;
-    return reinterpret_cast<T*>(reinterpret_cast<char*>(mine) - shared[emulation::block->rank] + shared[rank]);
+    return reinterpret_cast<T*>(reinterpret_cast<char*>(mine) - shared[emulation::block->rank] +
+                                shared[rank]);
   }
 };
 

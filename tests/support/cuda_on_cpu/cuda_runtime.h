@@ -28,7 +28,9 @@ using std::min;
 
 // ---- barriers and shuffles
 
-inline void __syncthreads(int line = __builtin_LINE()) { emulation::wait(emulation::Scope::block, line); }
+inline void __syncthreads(int line = __builtin_LINE()) {
+  emulation::wait(emulation::Scope::block, line);
+}
 
 inline int __shfl_xor_sync(unsigned, int value, int mask, int line = __builtin_LINE()) {
   emulation::Fiber& fiber = *emulation::block->now;
@@ -59,7 +61,12 @@ struct Settings {
 inline Settings settings;
 inline std::string last_error;
 
-enum cudaError_t { cudaSuccess, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9, cudaErrorUnknown = 999 };
+enum cudaError_t {
+  cudaSuccess,
+  cudaErrorInvalidValue = 1,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorUnknown = 999
+};
 using cudaStream_t = void*;
 enum cudaDeviceAttr {
   cudaDevAttrComputeCapabilityMajor,
@@ -67,7 +74,10 @@ enum cudaDeviceAttr {
   cudaDevAttrMaxSharedMemoryPerMultiprocessor,
   cudaDevAttrReservedSharedMemoryPerBlock
 };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributePreferredSharedMemoryCarveout };
+enum cudaFuncAttribute {
+  cudaFuncAttributeMaxDynamicSharedMemorySize,
+  cudaFuncAttributePreferredSharedMemoryCarveout
+};
 constexpr int cudaSharedmemCarveoutMaxShared = 100, cudaLaunchAttributeClusterDimension = 4;
 struct cudaLaunchAttribute {
   int id;
@@ -99,9 +109,11 @@ cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute name, int value) {
 inline const char* cudaGetErrorString(cudaError_t) { return last_error.c_str(); }
 
 template <class... Wanted, class... Given>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Wanted...), const Given&... given) {
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Wanted...),
+                               const Given&... given) {
   const int blocks = config->numAttrs ? config->attrs->val.clusterDim.x : 1;
-  const bool possible = config->gridDim.x > 0 && config->gridDim.x % blocks == 0 && config->blockDim.x % 32 == 0 &&
+  const bool possible = config->gridDim.x > 0 && config->gridDim.x % blocks == 0 &&
+                        config->blockDim.x % 32 == 0 &&
                         config->dynamicSmemBytes <= allowed_shared && blocks <= 8 &&
                         (settings.major >= 9 || blocks == 1);
   last_error = "invalid launch";

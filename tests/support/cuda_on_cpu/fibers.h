@@ -1,9 +1,10 @@
 // Threads, blocks and clusters of CUDA on a CPU; see cuda_runtime.h beside this.
 //
-// A thread of CUDA is a fiber: it runs until it waits at a barrier, for a shuffle, or ends. A block is a thread of
-// the operating system, so that __shared__ is thread_local. What would hang or be undefined on a device is an error:
-// a barrier that some threads never reach, shared memory beyond what was asked for. Fibers run in ascending or in
-// descending order: a missing barrier shows in one of them.
+// A thread of CUDA is a fiber: it runs until it waits at a barrier, for a shuffle, or ends. A block
+// is a thread of the operating system, so that __shared__ is thread_local. What would hang or be
+// undefined on a device is an error: a barrier that some threads never reach, shared memory beyond
+// what was asked for. Fibers run in ascending or in descending order: a missing barrier shows in
+// one of them.
 #pragma once
 
 #include <condition_variable>
@@ -134,12 +135,13 @@ inline void run_fibers() {
     if (ended) return;
     for (size_t first = 0; first < n; first += 32) ran |= release(Scope::warp, first, first + 32);
     if (release(Scope::block, 0, n) || release(Scope::cluster, 0, n) || ran) continue;
-    throw std::runtime_error("threads wait at different barriers: line " + std::to_string(fibers[0].line));
+    throw std::runtime_error("threads wait at different barriers: line " +
+                             std::to_string(fibers[0].line));
   }
 }
 
-inline void run_block(int rank, Cluster& cluster, unsigned index, dim3 grid, dim3 threads, size_t shared_bytes,
-                      const std::function<void()>& kernel) {
+inline void run_block(int rank, Cluster& cluster, unsigned index, dim3 grid, dim3 threads,
+                      size_t shared_bytes, const std::function<void()>& kernel) {
   char* memory = reinterpret_cast<char*>(softprompt_fast::cuda::row_memory);
   const size_t size = sizeof softprompt_fast::cuda::row_memory;
   memset(memory, POISON, size);
@@ -149,7 +151,8 @@ inline void run_block(int rank, Cluster& cluster, unsigned index, dim3 grid, dim
   block = &here;
   run_fibers();
   for (size_t i = shared_bytes; i < size; i++)
-    if (static_cast<unsigned char>(memory[i]) != POISON) throw std::runtime_error("wrote beyond its shared memory");
+    if (static_cast<unsigned char>(memory[i]) != POISON)
+      throw std::runtime_error("wrote beyond its shared memory");
 }
 
 inline void run_grid(dim3 grid, dim3 threads, size_t shared_bytes, int cluster_blocks,

@@ -16,7 +16,8 @@ void set_device(int major, int block_bytes, int multiprocessor_bytes, int descen
 void plan(int64_t V, int streams, int* out) {
   sc::Device device;
   sc::current_device(device);
-  const sc::Plan plan = sc::plan_rows(V, streams, sc::MAX_THREADS / streams, device, sizeof(sc::Exchange), 0);
+  const sc::Plan plan =
+      sc::plan_rows(V, streams, sc::MAX_THREADS / streams, device, sizeof(sc::Exchange), 0);
   memcpy(out, &plan, sizeof plan);
 }
 
