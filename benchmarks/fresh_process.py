@@ -14,9 +14,10 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
+from cases import Shape
 from device import ON_GPU, peak_mib
 from losses.peers import PEERS
-from losses.problems import Shape, Tensors, gradient
+from losses.problems import Tensors, gradient
 
 Result = TypeVar("Result")
 

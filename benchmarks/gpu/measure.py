@@ -16,8 +16,9 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from cases import DTYPES, LOSSES
 from device import peak_mib
-from gpu.cases import LOSSES, Case
+from gpu.cases import Case
 from gpu.common import (
     DEVICE,
     ON_GPU,
@@ -33,7 +34,7 @@ from torch import Tensor
 
 import softprompt_fast as spf
 
-DTYPE = torch.bfloat16
+DTYPE = getattr(torch, DTYPES["cuda"])
 CHECKED_ROWS = 16
 # Longer steps launch nothing that a graph would save.
 GRAPH_TOKENS = 1024
@@ -41,7 +42,7 @@ GRAPH_TOKENS = 1024
 
 def gradient(module: ModuleType, case: Case, t: Tensors, teacher: Any, **options: Any) -> Tensor:
     """One step: the loss and its gradient by the hidden states."""
-    name, own = LOSSES[case.loss]
+    name, own, _ = LOSSES[case.loss]
     others = {
         "linear_nll": (t.targets,),
         "linear_kl": (teacher,),

@@ -14,7 +14,7 @@ import sys
 from types import ModuleType
 
 import torch
-from gpu.cases import LOSSES
+from cases import GPU_ROW_VOCABULARIES, GPU_ROWS, LOSSES
 from gpu.common import DEVICE, ON_GPU, emit, interleaved, kernels_can_run
 from torch import Tensor
 from torch.nn import functional as F
@@ -31,7 +31,7 @@ def exact_row_gradient(loss: str, z: Tensor, z_p: Tensor, targets: Tensor) -> Te
 
     z = z.double().requires_grad_()
     log_q, log_p = z.log_softmax(-1), z_p.double().log_softmax(-1)
-    beta = LOSSES[loss][1].get("beta", 0.0)
+    beta = LOSSES[loss].options.get("beta", 0.0)
     if loss == "NLL":
         value = F.nll_loss(log_q, targets, reduction="sum")
     elif beta == 0.0:
@@ -46,8 +46,7 @@ def exact_row_gradient(loss: str, z: Tensor, z_p: Tensor, targets: Tensor) -> Te
 
 def measure(kernels: ModuleType, backend: str, loss: str) -> None:
     """Bytes: what has to move, logits read once and their gradient written once."""
-    V = 151936 if loss == "NLL" else 128256
-    C, V = (384, V) if ON_GPU else (4, 1000)
+    C, V = (GPU_ROWS, GPU_ROW_VOCABULARIES[loss]) if ON_GPU else (4, 1000)
     z, z_p = (torch.empty(C, V, device=DEVICE).normal_(std=2) for _ in range(2))
     targets = torch.randint(V, (C,), device=DEVICE)
     values = torch.full((C,), torch.nan, device=DEVICE)
@@ -57,7 +56,7 @@ def measure(kernels: ModuleType, backend: str, loss: str) -> None:
         if loss == "NLL":
             kernels.sparse_target_rows_(z, targets, values, dz)
         else:
-            kernels.divergence_rows_(z, z_p, values, dz, **LOSSES[loss][1])
+            kernels.divergence_rows_(z, z_p, values, dz, **LOSSES[loss].options)
 
     kernel()
     first = slice(CHECKED_ROWS)
@@ -94,7 +93,7 @@ def main(backend: str) -> None:
         "cuda": "softprompt_fast.backends.cuda_rows",
     }[backend]
     kernels = importlib.import_module(module)
-    for loss in ("NLL", "KL", "reverse KL", "JSD"):
+    for loss in GPU_ROW_VOCABULARIES:
         measure(kernels, backend, loss)
 
 

@@ -9,16 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from device import ON_GPU
+from cases import GROWTH_LOSSES, GROWTH_SCALE, Shape, growth_shapes
+from device import DEVICE
 from losses.measure import line, measure
-from losses.problems import MAIN, Shape
 
-SCALE = 16 if ON_GPU else 1
-POINTS = {
-    "T": [Shape.of("SmolLM2-135M", SCALE * T) for T in (64, 256, 1024)],
-    "V": [Shape(model="any", T=SCALE * 128, D=576, V=V) for V in (32768, 131072, 262144)],
-}
-LOSSES = {"softprompt_fast": MAIN, "PyTorch": ["NLL", "KL"]}
+POINTS = growth_shapes(GROWTH_SCALE[DEVICE.type])
 
 
 @pytest.mark.parametrize(
@@ -27,7 +22,7 @@ LOSSES = {"softprompt_fast": MAIN, "PyTorch": ["NLL", "KL"]}
         pytest.param(
             axis, shape, problem, peer, id=f"{axis}{getattr(shape, axis)}-{problem}-{peer}"
         )
-        for peer, problems in LOSSES.items()
+        for peer, problems in GROWTH_LOSSES.items()
         for problem in problems
         for axis, shapes in POINTS.items()
         for shape in shapes

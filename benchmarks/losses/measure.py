@@ -12,10 +12,11 @@ from statistics import median
 from typing import Any
 
 import torch
+from cases import Shape
 from device import ON_GPU, spread, synchronize
 from fresh_process import in_fresh_process, step_peak_mib
 from losses.peers import OURS, PEERS
-from losses.problems import PROBLEMS, BarePasses, Loss, Shape, Tensors, exact, gradient, tensors_of
+from losses.problems import PROBLEMS, BarePasses, Loss, Tensors, exact, gradient, tensors_of
 
 MAX_ROUNDS, MIN_ROUNDS, SECONDS = 5, 3, 1.0
 

@@ -6,30 +6,21 @@ Legend: T tokens, D hidden width, V vocabulary. A *pass* is one product of T x D
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import NamedTuple, Protocol
 
 import torch
-from device import DEVICE, ON_GPU, seconds
+from cases import DTYPES, LOSSES, Shape
+from device import DEVICE, seconds
 from torch import Tensor
 
 import softprompt_fast as spf
 
 reference = spf.reference
-# As models are trained on the device: 16 bits on a GPU, 32 where those are only emulated.
-DTYPE = torch.bfloat16 if ON_GPU else torch.float32
+DTYPE = getattr(torch, DTYPES[DEVICE.type])
 UNIT = {torch.bfloat16: 2.0**-8, torch.float32: 0.0}
 U32 = 2.0**-24
 CHECKED_ROWS = 8
-
-HEADS = {
-    "SmolLM2-135M": (576, 49152),
-    "Qwen2.5-0.5B": (896, 151936),
-    "Llama-3.2-1B": (2048, 128256),
-    "Gemma-3-1B": (1152, 262144),
-    "Llama-3-8B": (4096, 128256),
-}
 
 
 class Sizes(Protocol):
@@ -41,26 +32,6 @@ class Sizes(Protocol):
     def D(self) -> int: ...
     @property
     def V(self) -> int: ...
-
-
-@dataclass(kw_only=True, frozen=True)
-class Shape:
-    model: str
-    T: int
-    D: int
-    V: int
-
-    @classmethod
-    def of(cls, model: str, T: int) -> Shape:
-        D, V = HEADS[model]
-        return cls(model=model, T=T, D=D, V=V)
-
-    @property
-    def pass_flop(self) -> float:
-        return 2.0 * self.T * self.D * self.V
-
-    def __str__(self) -> str:
-        return f"{self.model} T={self.T} D={self.D} V={self.V}"
 
 
 class Tensors(NamedTuple):
@@ -120,22 +91,22 @@ class Problem(NamedTuple):
     oracle: Loss
 
 
-def _kl(beta: float) -> Loss:
-    return lambda t: reference.linear_kl(t.hidden, t.weight, t.teacher, beta=beta)
+def _problem(name: str) -> Problem:
+    function, options, passes = LOSSES[name]
+    loss = getattr(reference, function)
+
+    def oracle(t: Tensors) -> Tensor:
+        others = {
+            "linear_nll": (t.targets,),
+            "linear_kl": (t.teacher,),
+            "linear_distill": (t.targets, t.teacher),
+        }
+        return loss(t.hidden, t.weight, *others[function], **options)
+
+    return Problem(passes, oracle)
 
 
-PROBLEMS = {
-    "NLL": Problem(2, lambda t: reference.linear_nll(t.hidden, t.weight, t.targets)),
-    "KL": Problem(3, _kl(0.0)),
-    # What is known of the teacher was computed before, in the form that the implementation takes.
-    "KL, stored teacher": Problem(2, _kl(0.0)),
-    "reverse KL": Problem(3, _kl(1.0)),
-    "JSD": Problem(3, _kl(0.5)),
-    "KL + NLL": Problem(
-        3, lambda t: reference.linear_distill(t.hidden, t.weight, t.targets, t.teacher, alpha=0.5)
-    ),
-}
-MAIN = ["NLL", "KL", "KL, stored teacher"]
+PROBLEMS = {name: _problem(name) for name in LOSSES}
 
 
 def gradient(loss: Loss, t: Tensors) -> Tensor:

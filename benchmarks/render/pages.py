@@ -17,8 +17,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.append(str(Path(__file__).parents[2] / "examples"))
 import objective_report
+from cases import HEADS, MAIN
 from gpu import results as gpu_results
-from losses.problems import HEADS
 from render import pictures, tables
 
 from softprompt_fast.evaluation.baselines import CONDITIONS
@@ -154,9 +154,7 @@ def growth_table() -> str:
 
 
 def main_rows() -> list[dict[str, Any]]:
-    return [
-        row for row in tables.measured(read("cpu.json")["losses"]) if row["loss"] in tables.MAIN
-    ]
+    return [row for row in tables.measured(read("cpu.json")["losses"]) if row["loss"] in MAIN]
 
 
 def machine_line() -> str:

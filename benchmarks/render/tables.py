@@ -7,12 +7,11 @@ from math import log
 from operator import itemgetter
 from typing import Any, NamedTuple, TypeVar
 
-from losses.problems import MAIN
+from cases import MAIN, OURS
 from rich.table import Table as RichTable
 
 Row = dict[str, Any]
 Item = TypeVar("Item")
-OURS = "softprompt_fast"
 
 
 class Table(NamedTuple):

@@ -7,8 +7,9 @@ from math import floor
 from typing import Any, NamedTuple
 
 import torch
+from cases import HEADS
 from device import DEVICE, ON_GPU, peak_mib, seconds
-from losses.problems import DTYPE, HEADS
+from losses.problems import DTYPE
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from softprompt_fast import SoftPrompt, SoftPromptConfig, SoftPromptTrainer

@@ -10,10 +10,11 @@ from concurrent.futures.process import BrokenProcessPool
 from unittest import mock
 
 import pytest
+from cases import Shape
 from fresh_process import in_fresh_process
 from losses import measure
 from losses.peers import OURS, PEERS, Peer
-from losses.problems import PROBLEMS, Shape, exact, gradient, tensors_of
+from losses.problems import PROBLEMS, exact, gradient, tensors_of
 from render import tables
 
 import softprompt_fast as spf
