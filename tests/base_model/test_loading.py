@@ -26,7 +26,7 @@ from softprompt_fast.base_model.loading import is_native, load_model
 from softprompt_fast.base_model.output_head import OutputHead, hidden_states
 from softprompt_fast.base_model.smollm2 import smollm2
 from softprompt_fast.data.queries import tokenize_query
-from softprompt_fast.export.export import export_peft
+from softprompt_fast.export.peft import export_peft
 from softprompt_fast.student.generation import generate
 from softprompt_fast.student.model import SoftPromptModel
 
