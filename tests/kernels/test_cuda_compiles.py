@@ -19,6 +19,8 @@ REPORT = re.compile(
 )
 
 
+@pytest.mark.slow
+@pytest.mark.emulated
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
 def test_every_kernel_fits_without_spilling(tmp_path):
     command = ["nvcc", "-std=c++17", "-O3", "-fmad=false", "--threads=0", "-Xptxas=-v"]
