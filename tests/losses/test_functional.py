@@ -269,6 +269,7 @@ def test_identical_students_and_teachers_have_no_divergence(backend, beta, dtype
         assert loss.abs().max() <= 1e-6
 
 
+@pytest.mark.long_interpreted
 @each_backend
 @each_beta
 @pytest.mark.parametrize("distance", [1e-2, 1e-3, 1e-4], ids="distance{}".format)
@@ -375,6 +376,7 @@ def test_a_student_that_rules_out_the_teachers_choice(backend, beta):
     check(case, *run(case, backend=backend))
 
 
+@pytest.mark.long_interpreted
 @each_backend
 @each_beta
 @pytest.mark.parametrize(

@@ -44,6 +44,7 @@ def hand_over(*arguments) -> None:
     raise Handed(*arguments)
 
 
+@pytest.mark.long_interpreted
 @each_cpu_backend
 @pytest.mark.parametrize("with_grad", [True, False], ids=["grad", "no grad"])
 @pytest.mark.parametrize("name", ARGUMENT_SETS)
@@ -111,6 +112,7 @@ def assert_equal(actual, expected):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.long_interpreted
 @each_cpu_backend
 @each_loss
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -125,6 +127,7 @@ def test_inductor_equals_eager(backend):
     assert_equal(compiled(case, backend, "inductor"), run(case, backend=backend))
 
 
+@pytest.mark.long_interpreted
 @each_cpu_backend
 @each_loss
 def test_one_graph_for_every_number_of_tokens(backend, loss):
@@ -142,6 +145,7 @@ def test_one_graph_for_every_number_of_tokens(backend, loss):
         assert_equal((value.detach(), gradient), run(case, backend=backend))
 
 
+@pytest.mark.long_interpreted
 @each_cpu_backend
 def test_numbers_may_change_between_calls_of_a_compiled_loss(backend):
     """A schedule of the temperature; the compiler turns a number that changes into a symbol."""
