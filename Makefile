@@ -4,6 +4,7 @@
 # make bench  time the losses against bare matrix products and everything else that computes them
 # make torture  200 times kill -9, 2,000 flipped bits, files cut to every length: 5 minutes
 # make coverage  which lines the tests run: build/coverage/index.html
+# make sanitize  the C++ engine under AddressSanitizer and UndefinedBehaviorSanitizer
 # make gpu    on a machine with a GPU, whose python3 has PyTorch: build, test, sanitize and time
 # make docs   write the figures of the documentation from the last bench and demo
 # make site   build the documentation into build/site
@@ -24,7 +25,8 @@ CXX_SOURCES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.
 FORMS := $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-slow test-all torture check coverage lint format bench gpu docs site dist clean
+.PHONY: demo test test-slow test-all torture check coverage lint format bench gpu docs site dist sanitize \
+        clean
 
 demo: $(MODEL)/config.json
 	@$(BIN)/softprompt-fast train --config examples/handbook.yaml --model $(MODEL) --output_dir $(RUN)
@@ -52,6 +54,20 @@ check: lint site test
 
 coverage: $(VENV)/dev
 	$(PYTEST) --cov --cov-report=term --cov-report=html
+
+# Another build of the extension, by g++, found before the installed one. Python's own leaks are not
+# looked for. --force: setuptools does not know the headers; ninja does, and builds what has changed.
+SANITIZE := -fsanitize=address,undefined
+SANITIZED := $(CURDIR)/build/sanitize
+RUNTIMES = $(foreach name,libasan.so libubsan.so libstdc++.so.6,$(shell g++ -print-file-name=$(name)))
+
+sanitize: $(VENV)/dev
+	PATH="$(abspath $(BIN)):$$PATH" CXX=g++ SOFTPROMPT_FAST_CUDA=0 LDFLAGS="$(SANITIZE)" \
+	  CFLAGS="$(SANITIZE) -fno-omit-frame-pointer -g1" $(BIN)/python setup.py --quiet \
+	  build --force --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
+	LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED)/lib \
+	  UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	  $(BIN)/pytest --verbose --capture=no -k cpp tests/losses tests/backends
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@
 constexpr int LANES = SPF_VECTOR_BYTES / sizeof(float);
 typedef float vf __attribute__((vector_size(SPF_VECTOR_BYTES)));
 typedef int32_t vi __attribute__((vector_size(SPF_VECTOR_BYTES)));  // and a comparison's result
+typedef uint32_t vu __attribute__((vector_size(SPF_VECTOR_BYTES)));
 
 #define SPF_INLINE static inline __attribute__((always_inline))
 
@@ -74,10 +75,10 @@ SPF_INLINE vf tanh(vf x) {
   return x < 0.0f ? -t : t;
 }
 
-// log u for normal u > 0.
+// log u for normal u > 0. Of another u, in a lane that a caller does not select, anything.
 SPF_INLINE vf log(vf u) {
   // u = 2^n (1 + f) with 1 + f in [sqrt(1/2), sqrt(2))
-  vi bits = (vi)u - 0x3f3504f3;
+  vi bits = (vi)((vu)u - 0x3f3504f3u);  // unsigned: it may wrap where u < 0
   vf n = __builtin_convertvector(bits >> 23, vf);
   vf f = bits_to_float((bits & 0x007fffff) + 0x3f3504f3) - 1.0f;
   vf s = f / (f + 2.0f), s2 = s * s;  // log(1 + f) = 2 atanh(s)
