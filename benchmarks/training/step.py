@@ -85,9 +85,7 @@ def measure_steps(name: str, kind: str) -> dict[str, Any]:
 
         def step(sequences: int) -> tuple[float, float]:
             """Seconds, and MiB at the peak."""
-            inputs = trainer._prepare_inputs(
-                trainer.data_collator(examples(model, sequences, kind))
-            )
+            inputs = trainer.prepare_inputs(trainer.data_collator(examples(model, sequences, kind)))
 
             def work() -> None:
                 trainer.compute_loss(model, inputs).backward()

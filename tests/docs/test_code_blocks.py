@@ -134,8 +134,6 @@ def workshop(real_model, tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
-@pytest.mark.real_model
 @pytest.mark.xdist_group("workshop")  # one worker makes it
 @python_pages(needs_model=True)
 def test_python_runs_with_the_real_model(blocks, workshop, monkeypatch):
@@ -208,8 +206,6 @@ def test_the_model_of_the_documentation_is_that_of_the_demo():
     assert f"MODEL  := {MODEL}\n" in (ROOT / "Makefile").read_text()
 
 
-@pytest.mark.slow
-@pytest.mark.real_model
 @pytest.mark.xdist_group("workshop")
 def test_the_door_of_the_readme_opens(workshop, monkeypatch):
     monkeypatch.chdir(workshop)
