@@ -20,7 +20,6 @@ from contract import (
     dtypes_of,
     each_backend,
     each_backend_and_dtype,
-    each_backend_and_number,
     each_dtype,
     each_loss,
     effort,
@@ -41,19 +40,22 @@ from softprompt_fast.backends.problem import Head, HiddenTeacher, Problem
 each_beta = pytest.mark.parametrize("beta", [0.0, 0.3, 1.0], ids="beta{}".format)
 
 
-@each_backend_and_number
-def test_nll(backend, number):
-    hold(backend, number, cases("linear_nll"))
+@pytest.mark.long_interpreted
+@each_backend
+def test_nll(backend):
+    hold(backend, cases("linear_nll"))
 
 
-@each_backend_and_number
-def test_kl(backend, number):
-    hold(backend, number, cases("linear_kl"))
+@pytest.mark.long_interpreted
+@each_backend
+def test_kl(backend):
+    hold(backend, cases("linear_kl"))
 
 
-@each_backend_and_number
-def test_distill(backend, number):
-    hold(backend, number, cases("linear_distill"))
+@pytest.mark.long_interpreted
+@each_backend
+def test_distill(backend):
+    hold(backend, cases("linear_distill"))
 
 
 @each_backend

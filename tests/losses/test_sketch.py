@@ -15,7 +15,6 @@ from contract import (
     check,
     each_backend,
     each_backend_and_dtype,
-    each_backend_and_number,
     each_cpu_backend,
     effort,
     hold,
@@ -43,14 +42,15 @@ def hold_contract(case: Case, backend: str, top_k: int = 32) -> None:
 # --- the numbers ---
 
 
-@each_backend_and_number
+@pytest.mark.long_interpreted
+@each_backend
 @each_loss
 @pytest.mark.parametrize("top_k", [1, 5, 32], ids="k{}".format)
-def test_a_sketch_is_as_good_as_hidden_states(backend, number, loss, top_k):
+def test_a_sketch_is_as_good_as_hidden_states(backend, loss, top_k):
     # 16-bit products of flat probabilities need more entries: a law of its own, below
     linear = {"softcap": None, "teacher_width": None, "beta": 0.0, "spread": 4.0}
 
-    hold(backend, number, cases(loss, **linear), lambda case: sketched(case, top_k))
+    hold(backend, cases(loss, **linear), lambda case: sketched(case, top_k))
 
 
 @each_backend_and_dtype

@@ -47,15 +47,6 @@ U_DTYPE = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 FP16_STEP = 2.0**-24  # between neighbouring numbers near zero
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
-# How many random problems a backend solves: interpreted, it takes seconds for one.
-each_backend_and_number = pytest.mark.parametrize(
-    ("backend", "number"),
-    [
-        *((name, 40) for name in BACKENDS if name not in INTERPRETED),
-        *((name, 2) for name in INTERPRETED),
-        *(pytest.param(name, 5, marks=pytest.mark.slow) for name in INTERPRETED),
-    ],
-)
 each_cpu_backend = pytest.mark.parametrize("backend", CPU_BACKENDS)
 each_loss = pytest.mark.parametrize("loss", LOSSES)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
@@ -277,16 +268,15 @@ def effort(backend: str, count: int) -> int:
 
 def hold(
     backend: str,
-    number: int,
     problems: st.SearchStrategy[Case],
     change: Callable[[Case], Case] = lambda case: case,
 ) -> None:
-    """Random problems hold the contract; the same ones in every run.
+    """Random problems hold the contract; the same ones in every run, as long as ``law`` reads so.
 
     change: made to a problem before it is solved, and not for the oracle
     """
 
-    @settings(max_examples=number, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=effort(backend, 40), deadline=None, derandomize=True, database=None)
     @given(case=problems)
     def law(case: Case) -> None:
         check(case, *run(change(case), backend=backend))
