@@ -4,10 +4,11 @@ The same mathematics as ``softprompt_fast/backends/formulas.py``, where its choi
 function is elementwise, for a scalar, a row's block or a tile, unless it gives its shapes.
 
 Legend: z finished logit, p teacher, q student, d = log q - log p, m the mixture beta p + rest q
-with rest = 1 - beta. For targets and masses see ``softprompt_fast/backends/problem.py``.
+with rest = 1 - beta. For targets and masses see ``softprompt_fast/backends/problem.py``, for
+arguments that are tuples ``arguments.py``.
 """
 
-import math
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -56,7 +57,7 @@ def tanh(x):
 
 
 @triton.jit
-def finish(raw, bias, scale, cap):
+def finish(raw, bias, transform):
     """The logit that the softmax sees: scale (raw + bias), or cap tanh(scale (raw + bias)).
 
     scale is logit_scale / temperature, or logit_scale / softcap under a cap of softcap /
@@ -64,9 +65,9 @@ def finish(raw, bias, scale, cap):
     """
     if bias is not None:
         raw += bias.to(tl.float32)
-    z = raw * scale
-    if cap is not None:
-        z = cap * tanh(z)
+    z = raw * transform.scale
+    if transform.cap is not None:
+        z = transform.cap * tanh(z)
     return z
 
 
@@ -86,7 +87,7 @@ def times(p, x):
 
 
 @triton.jit
-def forward_kl(log_p, log_q, d_peak, beta, rest, log_rest):
+def forward_kl(log_p, log_q, d_peak, mixture):
     """KL(p || q). Slope -p, shifted by q: it sums to zero."""
     p, q, d = tl.exp(log_p), tl.exp(log_q), log_q - log_p
     value = tl.where(tl.abs(d) < SMALL, p * excess(d), q - p - times(p, d))
@@ -94,7 +95,7 @@ def forward_kl(log_p, log_q, d_peak, beta, rest, log_rest):
 
 
 @triton.jit
-def reverse_kl(log_p, log_q, d_peak, beta, rest, log_rest):
+def reverse_kl(log_p, log_q, d_peak, mixture):
     """KL(q || p). Slope q (d - d_peak), d_peak the student's most probable entry's d."""
     p, q, d = tl.exp(log_p), tl.exp(log_q), log_q - log_p
     value = tl.where(tl.abs(d) < SMALL, q * excess(-d), p - q + times(q, d))
@@ -102,29 +103,30 @@ def reverse_kl(log_p, log_q, d_peak, beta, rest, log_rest):
 
 
 @triton.jit
-def jensen_shannon(log_p, log_q, d_peak, beta, rest, log_rest):
+def jensen_shannon(log_p, log_q, d_peak, mixture):
     """beta KL(p || m) + rest KL(q || m). Slope rest q (log(q / m) - log(q / m) at the peak)."""
     ruled_out = d_peak > RULED_OUT
-    peak_rate, _, _ = over_mixture(d_peak, ruled_out, beta, rest, log_rest)
-    rate, p_over_m, q_over_m = over_mixture(log_q - log_p, ruled_out, beta, rest, log_rest)
+    peak_rate, _, _ = over_mixture(d_peak, ruled_out, mixture)
+    rate, p_over_m, q_over_m = over_mixture(log_q - log_p, ruled_out, mixture)
     p, q = tl.exp(log_p), tl.exp(log_q)
-    value = beta * times(p, p_over_m) + rest * times(q, q_over_m)
-    return value, rest * times(q, rate - peak_rate)
+    value = mixture.beta * times(p, p_over_m) + mixture.rest * times(q, q_over_m)
+    return value, mixture.rest * times(q, rate - peak_rate)
 
 
 @triton.jit
-def over_mixture(d, ruled_out, beta, rest, log_rest):
+def over_mixture(d, ruled_out, mixture):
     """(rate, log(p / m), log(q / m)); rate is log(q / m), or log(rest q / m) where ruled out.
 
     Where the teacher rules out the student's peak, the latter is the small number there.
     """
+    beta, rest = mixture.beta, mixture.rest
     log_ratio = tl.minimum(-d, FAR)
     ratio = tl.exp(log_ratio)  # p / q
     above = tl.where(ruled_out, beta / rest * ratio, beta * expm1(log_ratio))  # m / q - 1
     m_over_q = tl.where(above < -0.5, tl.log(rest + beta * ratio), log1p(above))
     m_over_p = tl.log(beta + rest * tl.exp(d))
     near = d > -FAR
-    constant = tl.where(ruled_out, log_rest, 0.0)
+    constant = tl.where(ruled_out, mixture.log_rest, 0.0)
     rate = tl.where(near, -m_over_q, d - m_over_p + constant)
     q_over_m = rate - constant
     return rate, tl.where(near, q_over_m - d, -m_over_p), q_over_m
@@ -173,12 +175,12 @@ def log_likelihood(top, total, others, z_target):
 
 
 @triton.jit
-def load_masses(masses, row, K, ENTRIES: tl.constexpr):
+def load_masses(target, row, ENTRIES: tl.constexpr):
     """The tail's mass, those of the more targets [ENTRIES], 0 beyond K, and the sum of all."""
     entries = tl.arange(0, ENTRIES)
-    masses += row * (1 + K)
+    masses = target.masses + row * (1 + target.K)
     tail = tl.load(masses)
-    mass = tl.load(masses + 1 + entries, mask=entries < K, other=0.0)
+    mass = tl.load(masses + 1 + entries, mask=entries < target.K, other=0.0)
     return tail, mass, tail + tl.sum(mass, 0)
 
 
@@ -255,25 +257,6 @@ def fp16_exponent(bound):
     return tl.minimum(tl.maximum(exponent, -100.0), 100.0).to(tl.int32)
 
 
-def transform_numbers(softcap, logit_scale, temperature):
-    """(scale, cap, slope) of ``finish`` and ``chain``."""
-    slope = logit_scale / temperature
-    if softcap is None:
-        return slope, None, slope
-    return logit_scale / softcap, softcap / temperature, slope
-
-
-def mixture_numbers(beta):
-    """(beta, rest, log_rest) of a divergence, from double: rest keeps its digits."""
-    return beta, 1 - beta, math.log1p(-beta) if beta < 1 else -math.inf
-
-
-def entry_numbers(more_targets):
-    """(K, ENTRIES): how many there are, and a power of two that holds them."""
-    K = 0 if more_targets is None else more_targets.shape[1]
-    return K, triton.next_power_of_2(max(K, 1))
-
-
-def divergence_of(beta):
+def divergence_of(beta: float) -> Any:
     """The formula that ``beta`` names."""
     return {0.0: forward_kl, 1.0: reverse_kl}.get(beta, jensen_shannon)

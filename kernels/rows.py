@@ -8,18 +8,19 @@ The gradient may be written over the logits it comes from, 16-bit numbers into t
 their row: a block's gradient lies over blocks that have been read, or over its own, which has been
 read by all threads when the barrier is passed.
 
-Legend: C rows, V vocabulary, K more targets, z finished logit, q student, p teacher.
+Legend: C rows, V vocabulary, K more targets, z finished logit, q student, p teacher. For the
+arguments that are tuples see ``arguments.py``.
 """
 
 import triton
 import triton.language as tl
 
+from .arguments import Gradient, Logits, Mixture, Target, Transform, Weights
 from .formulas import (
     MINUS_INFINITY,
     add_entry,
     chain,
     divergence_of,
-    entry_numbers,
     entry_slope,
     even_share,
     finish,
@@ -28,13 +29,11 @@ from .formulas import (
     load_masses,
     log_likelihood,
     merge,
-    mixture_numbers,
     nll_bound,
     nll_slope,
     power_of_two,
     smooth,
     spread,
-    transform_numbers,
 )
 
 # Entries in a block: 8 a thread and stream keep the running sums in registers.
@@ -45,158 +44,151 @@ COMPILED = {"num_warps": WARPS, "enable_fp_fusion": False}
 
 
 @triton.jit
-def load_block(row, columns, V, bias, scale, cap):
-    """z of a block, -inf outside the vocabulary."""
-    inside = columns < V
+def load_block(row, columns, stop, bias, transform):
+    """z of a block, -inf from ``stop`` on."""
+    inside = columns < stop
     raw = tl.load(row + columns, mask=inside, other=0.0)
     if bias is not None:
         bias = tl.load(bias + columns, mask=inside, other=0.0)
-    return tl.where(inside, finish(raw, bias, scale, cap), MINUS_INFINITY)
+    return tl.where(inside, finish(raw, bias, transform), MINUS_INFINITY)
 
 
 @triton.jit
-def load_entry(row, column, V, bias, scale, cap):
+def load_entry(row, column, stop, bias, transform):
     """z of single entries, NaN outside the vocabulary."""
-    inside = (column >= 0) & (column < V)
+    inside = (column >= 0) & (column < stop)
     raw = tl.load(row + column, mask=inside, other=0.0)
     if bias is not None:
         bias = tl.load(bias + column, mask=inside, other=0.0)
-    return tl.where(inside, finish(raw, bias, scale, cap), float("nan"))
+    return tl.where(inside, finish(raw, bias, transform), float("nan"))
+
+
+@triton.jit
+def stop_of(keep, row, V):
+    """Where the row ends: a row that does not count is empty."""
+    stop = V
+    if keep is not None:
+        stop = tl.where(tl.load(keep + row) != 0, V, 0)
+    return stop
 
 
 @triton.jit
 def sparse_target_rows_kernel(
-    logits,
-    dz,
-    loss,
-    unscale,
-    targets,
-    more_targets,
-    masses,
+    student,
+    target,
     keep,
-    bias,
+    transform,
+    loss,
+    gradient,
     V,
-    K,
-    stride,
-    dz_stride,
-    label_smoothing,
-    scale,
-    cap,
-    slope,
     BLOCK: tl.constexpr,
     ENTRIES: tl.constexpr,
 ):
-    """logits [C, V], targets [C] -> loss [C], dz [C, V] (None: loss only), unscale [C].
-
-    more_targets [C, K], masses [C, 1 + K], or both None.
-    """
+    """Cross-entropy of rows [C, V] -> loss [C] and, unless dz is None, the gradient."""
     row = tl.program_id(0).to(tl.int64)
-    logits += row * stride
+    logits = student.raw + row * student.stride
+    bias, smoothing = student.bias, target.smoothing
     lanes = tl.arange(0, BLOCK)
-    stop = V
-    if keep is not None:
-        stop = tl.where(tl.load(keep + row) != 0, V, 0)
+    one = tl.arange(0, 1)
+    stop = stop_of(keep, row, V)
 
-    target = tl.load(targets + row)
-    z_target = load_entry(logits, target, stop, bias, scale, cap)
+    # softmax
+    label = tl.load(target.ids + row)
+    z_label = load_entry(logits, label, stop, bias, transform)
     top = tl.full([BLOCK], MINUS_INFINITY, tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     others = tl.zeros([BLOCK], tl.float32)
     sum_z = tl.zeros([BLOCK], tl.float32)
     for start in tl.range(0, stop, BLOCK, loop_unroll_factor=2):
         columns = start + lanes
-        z = load_block(logits, columns, stop, bias, scale, cap)
-        if label_smoothing is not None:
+        z = load_block(logits, columns, stop, bias, transform)
+        if smoothing is not None:
             sum_z += tl.where(columns < stop, z, 0.0)
-        is_other = tl.where(columns == target, 0.0, 1.0)
+        is_other = tl.where(columns == label, 0.0, 1.0)
         top, total, others = add_entry(top, total, others, z, is_other)
     top, total, others = merge(top, total, others)
-    if masses is not None:
-        tail, mass, mass_sum = load_masses(masses, row, K, ENTRIES)
-        entries = row * K + tl.arange(0, ENTRIES)
-        ids = tl.load(more_targets + entries, mask=mass > 0, other=-1)
-        z_more = load_entry(logits, ids, stop, bias, scale, cap)
-        z_target = known(z_target, mass, z_more)
-    log_sum, nll, missing = log_likelihood(top, total, others, z_target)
-    elsewhere = label_smoothing
-    uniform = even_share(label_smoothing, V)
-    if label_smoothing is not None:
-        nll = smooth(nll, top + log_sum, tl.sum(sum_z, 0), V, label_smoothing)
-    if masses is not None:
-        nll = spread(nll, z_target, tail, mass, z_more)
+
+    # loss
+    if target.masses is not None:
+        tail, mass, mass_sum = load_masses(target, row, ENTRIES)
+        entries = row * target.K + tl.arange(0, ENTRIES)
+        ids = tl.load(target.more + entries, mask=mass > 0, other=-1)
+        z_more = load_entry(logits, ids, stop, bias, transform)
+        z_label = known(z_label, mass, z_more)
+    log_sum, nll, missing = log_likelihood(top, total, others, z_label)
+    elsewhere = smoothing
+    uniform = even_share(smoothing, V)
+    if smoothing is not None:
+        nll = smooth(nll, top + log_sum, tl.sum(sum_z, 0), V, smoothing)
+    if target.masses is not None:
+        nll = spread(nll, z_label, tail, mass, z_more)
         elsewhere = mass_sum
-        if label_smoothing is not None:
-            elsewhere += label_smoothing
-    one = tl.arange(0, 1)
+        if smoothing is not None:
+            elsewhere += smoothing
     tl.store(loss + row + one, tl.where(stop == 0, 0.0, nll))
 
-    if dz is not None:
-        dz += row * dz_stride
-        if unscale is not None:
-            exponent = fp16_exponent(nll_bound(missing, elsewhere) * tl.abs(slope))
-            slope *= power_of_two(exponent)
-            tl.store(unscale + row + one, power_of_two(-exponent))
-        if masses is not None:
+    # gradient
+    if gradient.dz is not None:
+        dz = gradient.dz + row * gradient.stride
+        slope = transform.slope
+        if gradient.unscale is not None:
+            bound = nll_bound(missing, elsewhere)
+            slope = fit_fp16(slope, bound, gradient.unscale + row)
+        if target.masses is not None:
             g_more = entry_slope((z_more - top) - log_sum, mass, uniform)
-            g_more = chain(g_more, z_more, slope, cap)
+            g_more = chain(g_more, z_more, slope, transform.cap)
         for start in range(0, V, BLOCK):
             columns = start + lanes
-            z = load_block(logits, columns, stop, bias, scale, cap)
+            z = load_block(logits, columns, stop, bias, transform)
             tl.debug_barrier()
-            g = nll_slope((z - top) - log_sum, columns == target, missing, elsewhere, uniform)
-            g = tl.where(columns < stop, chain(g, z, slope, cap), 0.0)
+            g = nll_slope((z - top) - log_sum, columns == label, missing, elsewhere, uniform)
+            g = tl.where(columns < stop, chain(g, z, slope, transform.cap), 0.0)
             tl.store(dz + columns, g.to(dz.dtype.element_ty), mask=columns < V)
-        if masses is not None:
+        if target.masses is not None:
             # q - t, which is what is rounded
             tl.debug_barrier()
             tl.store(dz + ids, g_more.to(dz.dtype.element_ty), mask=(ids >= 0) & (ids < stop))
 
 
 @triton.jit
+def fit_fp16(slope, bound, unscale):
+    """slope times the power of two that keeps dz in fp16's range; its inverse is stored.    [1]"""
+    exponent = fp16_exponent(bound * tl.abs(slope))
+    tl.store(unscale + tl.arange(0, 1), power_of_two(-exponent))
+    return slope * power_of_two(exponent)
+
+
+@triton.jit
 def divergence_rows_kernel(
-    logits,
-    teacher_logits,
-    dz,
-    loss,
-    unscale,
-    targets,
+    student,
+    teacher,
+    target,
     keep,
-    bias,
-    teacher_bias,
+    mixture,
+    weights,
+    transform,
+    loss,
+    gradient,
     V,
-    stride,
-    teacher_stride,
-    dz_stride,
-    label_smoothing,
-    beta,
-    rest,
-    log_rest,
-    alpha,
-    nll_weight,
-    scale,
-    cap,
-    slope,
     divergence: tl.constexpr,
     MEASURE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """logits, teacher_logits [C, V] -> loss [C], dz [C, V] (None: loss only), unscale [C].
+    """Divergence of rows [C, V] -> loss [C] and, unless dz is None, the gradient.
 
-    With targets [C] the loss is alpha * divergence + nll_weight * nll. MEASURE: the sums of values
-    and slopes have a sweep of their own. Without it, the slopes must sum to zero.
+    MEASURE: the sums of values and slopes have a sweep of their own. Without it, the slopes must
+    sum to zero.
     """
     row = tl.program_id(0).to(tl.int64)
-    logits += row * stride
-    teacher_logits += row * teacher_stride
+    logits = student.raw + row * student.stride
+    logits_p = teacher.raw + row * teacher.stride
     lanes = tl.arange(0, BLOCK)
     one = tl.arange(0, 1)
-    stop = V
-    if keep is not None:
-        stop = tl.where(tl.load(keep + row) != 0, V, 0)
-    target = -1
-    if targets is not None:
-        target = tl.load(targets + row)
-        z_target = load_entry(logits, target, stop, bias, scale, cap)
+    stop = stop_of(keep, row, V)
+    label = -1
+    if target.ids is not None:
+        label = tl.load(target.ids + row)
+        z_label = load_entry(logits, label, stop, student.bias, transform)
 
     # softmax of both, and the student's most probable entry
     top = tl.full([BLOCK], MINUS_INFINITY, tl.float32)
@@ -208,31 +200,32 @@ def divergence_rows_kernel(
     total_p = tl.zeros([BLOCK], tl.float32)
     for start in range(0, stop, BLOCK):
         columns = start + lanes
-        z = load_block(logits, columns, stop, bias, scale, cap)
+        z = load_block(logits, columns, stop, student.bias, transform)
         peak = tl.where(z > top, columns, peak)
-        if label_smoothing is not None:
+        if target.smoothing is not None:
             sum_z += tl.where(columns < stop, z, 0.0)
-        is_other = tl.where(columns == target, 0.0, 1.0)
+        is_other = tl.where(columns == label, 0.0, 1.0)
         top, total, others = add_entry(top, total, others, z, is_other)
-        z_p = load_block(teacher_logits, columns, stop, teacher_bias, scale, cap)
+        z_p = load_block(logits_p, columns, stop, teacher.bias, transform)
         top_p, total_p, _ = add_entry(top_p, total_p, total_p, z_p, 1.0)
     peak = tl.min(tl.where(top == tl.max(top, 0), peak, V), 0)
     top, total, others = merge(top, total, others)
     top_p, total_p, _ = merge(top_p, total_p, total_p)
     log_sum, log_sum_p = tl.log(total), tl.log(total_p)
+
+    # cross-entropy
     nll = tl.zeros([1], tl.float32)
     missing = tl.zeros([1], tl.float32)
-    uniform = even_share(label_smoothing, V)
-    if targets is not None:
-        log_sum, nll, missing = log_likelihood(top, total, others, z_target)
-        if label_smoothing is not None:
-            nll = smooth(nll, top + log_sum, tl.sum(sum_z, 0), V, label_smoothing)
-    z_peak = load_entry(logits, peak, stop, bias, scale, cap)
-    z_peak_p = load_entry(teacher_logits, peak, stop, teacher_bias, scale, cap)
-    log_q_peak = (z_peak - top) - log_sum
-    log_p_peak = (z_peak_p - top_p) - log_sum_p
-    d_peak = log_q_peak - log_p_peak
+    if target.ids is not None:
+        log_sum, nll, missing = log_likelihood(top, total, others, z_label)
+        if target.smoothing is not None:
+            nll = smooth(nll, top + log_sum, tl.sum(sum_z, 0), V, target.smoothing)
 
+    # divergence
+    z_peak = load_entry(logits, peak, stop, student.bias, transform)
+    log_q_peak = (z_peak - top) - log_sum
+    log_p_peak = (load_entry(logits_p, peak, stop, teacher.bias, transform) - top_p) - log_sum_p
+    d_peak = log_q_peak - log_p_peak
     values = tl.zeros([BLOCK], tl.float32)
     slopes = tl.zeros([BLOCK], tl.float32)
     slope_sum = tl.zeros([1], tl.float32)
@@ -240,56 +233,60 @@ def divergence_rows_kernel(
     if MEASURE:
         for start in range(0, stop, BLOCK):
             columns = start + lanes
-            log_q = (load_block(logits, columns, stop, bias, scale, cap) - top) - log_sum
-            z_p = load_block(teacher_logits, columns, stop, teacher_bias, scale, cap)
-            log_p = (z_p - top_p) - log_sum_p
-            value, s = divergence(log_p, log_q, d_peak, beta, rest, log_rest)
-            values += tl.where(columns < stop, value, 0.0)
-            slopes += tl.where(columns < stop, s, 0.0)
-            largest = tl.maximum(largest, tl.where(columns < stop, tl.abs(s), 0.0))
+            inside = columns < stop
+            z = load_block(logits, columns, stop, student.bias, transform)
+            z_p = load_block(logits_p, columns, stop, teacher.bias, transform)
+            log_q, log_p = (z - top) - log_sum, (z_p - top_p) - log_sum_p
+            value, s = divergence(log_p, log_q, d_peak, mixture)
+            values += tl.where(inside, value, 0.0)
+            slopes += tl.where(inside, s, 0.0)
+            largest = tl.maximum(largest, tl.where(inside, tl.abs(s), 0.0))
         slope_sum += tl.sum(slopes, 0)
 
-    if dz is not None:
-        dz += row * dz_stride
-        if unscale is not None:
+    # gradient
+    if gradient.dz is not None:
+        dz = gradient.dz + row * gradient.stride
+        slope = transform.slope
+        if gradient.unscale is not None:
             # forward KL's slopes are at most 1
             bound = tl.max(largest, 0) + tl.abs(slope_sum) if MEASURE else slope_sum + 1
-            bound = alpha * bound + nll_weight * nll_bound(missing, label_smoothing)
-            exponent = fp16_exponent(bound * tl.abs(slope))
-            slope *= power_of_two(exponent)
-            tl.store(unscale + row + one, power_of_two(-exponent))
+            bound = weights.divergence * bound + weights.nll * nll_bound(missing, target.smoothing)
+            slope = fit_fp16(slope, bound, gradient.unscale + row)
         for start in range(0, V, BLOCK):
             columns = start + lanes
-            z = load_block(logits, columns, stop, bias, scale, cap)
-            z_p = load_block(teacher_logits, columns, stop, teacher_bias, scale, cap)
+            inside = columns < stop
+            z = load_block(logits, columns, stop, student.bias, transform)
+            z_p = load_block(logits_p, columns, stop, teacher.bias, transform)
             tl.debug_barrier()
             log_q, log_p = (z - top) - log_sum, (z_p - top_p) - log_sum_p
-            value, s = divergence(log_p, log_q, d_peak, beta, rest, log_rest)
+            value, s = divergence(log_p, log_q, d_peak, mixture)
             if not MEASURE:
-                values += tl.where(columns < stop, value, 0.0)
-                slopes += tl.where(columns < stop, s, 0.0)
-            g = alpha * (s - tl.exp(log_q) * slope_sum)
-            if targets is not None:
-                g += nll_weight * nll_slope(
-                    log_q, columns == target, missing, label_smoothing, uniform
-                )
-            g = tl.where(columns < stop, chain(g, z, slope, cap), 0.0)
+                values += tl.where(inside, value, 0.0)
+                slopes += tl.where(inside, s, 0.0)
+            g = loss_slope(s, slope_sum, log_q, columns == label, missing, target, weights, V)
+            g = tl.where(inside, chain(g, z, slope, transform.cap), 0.0)
             tl.store(dz + columns, g.to(dz.dtype.element_ty), mask=columns < V)
         if not MEASURE:
             # what rounding left of the slopes' sum, at the entry that is most of it
             slope_sum += tl.sum(slopes, 0)
-            _, s = divergence(log_p_peak, log_q_peak, d_peak, beta, rest, log_rest)
-            g = alpha * (s - tl.exp(log_q_peak) * slope_sum)
-            if targets is not None:
-                g += nll_weight * nll_slope(
-                    log_q_peak, peak == target, missing, label_smoothing, uniform
-                )
-            g = chain(g, z_peak, slope, cap)
+            _, s = divergence(log_p_peak, log_q_peak, d_peak, mixture)
+            g = loss_slope(s, slope_sum, log_q_peak, peak == label, missing, target, weights, V)
+            g = chain(g, z_peak, slope, transform.cap)
             tl.debug_barrier()
             tl.store(dz + peak + one, g.to(dz.dtype.element_ty), mask=peak + one < stop)
 
-    value = alpha * tl.sum(values, 0) + nll_weight * nll
+    value = weights.divergence * tl.sum(values, 0) + weights.nll * nll
     tl.store(loss + row + one, tl.where(stop == 0, 0.0, value))
+
+
+@triton.jit
+def loss_slope(s, slope_sum, log_q, is_label, missing, target, weights, V):
+    """d loss / dz of an entry where the divergence's slope is s."""
+    g = weights.divergence * (s - tl.exp(log_q) * slope_sum)
+    if target.ids is not None:
+        uniform = even_share(target.smoothing, V)
+        g += weights.nll * nll_slope(log_q, is_label, missing, target.smoothing, uniform)
+    return g
 
 
 def sparse_target_rows_(
@@ -318,29 +315,18 @@ def sparse_target_rows_(
     power of two that keeps fp16 in range. A target outside the vocabulary makes its row NaN.
     """
     C, V = logits.shape
-    K, entries = entry_numbers(more_targets)
-    scale, cap, slope = transform_numbers(softcap, logit_scale, temperature)
+    target = Target.of(targets, more_targets, masses, label_smoothing)
     if C:
         sparse_target_rows_kernel[(C,)](
-            logits,
-            dz,
-            loss,
-            unscale,
-            targets,
-            more_targets,
-            masses,
+            Logits(logits, logits.stride(0), bias),
+            target,
             keep,
-            bias,
+            Transform.of(softcap, logit_scale, temperature),
+            loss,
+            Gradient.of(dz, unscale),
             V,
-            K,
-            logits.stride(0),
-            0 if dz is None else dz.stride(0),
-            label_smoothing or None,
-            scale,
-            cap,
-            slope,
             BLOCK=BLOCK,
-            ENTRIES=entries,
+            ENTRIES=target.lanes(),
             **COMPILED,
         )
 
@@ -369,29 +355,18 @@ def divergence_rows_(
     teacher. With targets: alpha * divergence + (1 - alpha) * cross-entropy.
     """
     C, V = logits.shape
-    scale, cap, slope = transform_numbers(softcap, logit_scale, temperature)
     if C:
         divergence_rows_kernel[(C,)](
-            logits,
-            teacher_logits,
-            dz,
-            loss,
-            unscale,
-            targets,
+            Logits(logits, logits.stride(0), bias),
+            Logits(teacher_logits, teacher_logits.stride(0), teacher_bias),
+            Target.of(targets, None, None, label_smoothing),
             keep,
-            bias,
-            teacher_bias,
+            Mixture.of(beta),
+            Weights.of(alpha),
+            Transform.of(softcap, logit_scale, temperature),
+            loss,
+            Gradient.of(dz, unscale),
             V,
-            logits.stride(0),
-            teacher_logits.stride(0),
-            0 if dz is None else dz.stride(0),
-            label_smoothing or None,
-            *mixture_numbers(beta),
-            alpha,
-            1 - alpha,
-            scale,
-            cap,
-            slope,
             divergence=divergence_of(beta),
             MEASURE=beta != 0.0 or dz is None,
             BLOCK=BLOCK,

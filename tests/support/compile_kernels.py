@@ -9,6 +9,7 @@ since Triton decides at import whether it compiles or interprets.
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import re
@@ -22,83 +23,69 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
 
 from softprompt_fast.backends import gpu_rows
 from softprompt_fast.backends import gpu_streaming as streaming_engine
 from softprompt_fast.backends.formulas import LogitTransform
 from softprompt_fast.backends.problem import Head, HiddenTeacher, Problem, SparseTarget
-from softprompt_fast.kernels import formulas, rows, streaming
+from softprompt_fast.kernels import rows, streaming
 
 VOCABULARIES = (32000, 49152, 128256, 151936, 262144)
-WIDTH, TOKENS = 4096, 1024
+WIDTH, TOKENS = 4096, 64  # one chunk
 MORE = 127  # targets, as many as a sketch has by default
-POINTERS = {
-    torch.float32: "*fp32",
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.int64: "*i64",
-    torch.int32: "*i32",
-    torch.bool: "*i1",
-}
-ALIGNED = [["tt.divisibility", 16]]
 
 
 class Launch(NamedTuple):
-    """One way in which a kernel is launched; equal ones are compiled once."""
+    """One way in which a kernel is launched, as Triton compiles it."""
 
-    kernel: str
-    signature: tuple[tuple[str, str], ...]
-    constants: tuple[tuple[str, Any], ...]
-    aligned: tuple[int, ...]
-    options: tuple[tuple[str, Any], ...]
+    kernel: Any
+    signature: dict[str, Any]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], Any]
+    options: dict[str, Any]
+
+    def __str__(self) -> str:
+        """Equal launches are compiled once."""
+        return f"{self.kernel.__name__} {self[1:]}"
 
 
-def launch_of(kernel: Any, arguments: tuple, options: dict[str, Any]) -> Launch:
+def launch_of(kernel: Any, chip: GPUTarget, arguments: tuple, options: dict[str, Any]) -> Launch:
     """What Triton makes of these arguments: their types, and the values it compiles in."""
-    named = dict(zip(kernel.arg_names, arguments, strict=False))
-    named |= {name: options.pop(name) for name in kernel.arg_names if name in options}
-    signature, constants, aligned = {}, {}, []
-    for position, name in enumerate(kernel.arg_names):
-        value = named[name]
-        if isinstance(value, torch.Tensor):
-            signature[name] = POINTERS[value.dtype]
-            aligned.append(position)
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        elif kernel.params[position].is_constexpr or value is None or value == 1:
-            signature[name] = "constexpr"
-            constants[name] = value if not hasattr(value, "__name__") else value.__name__
-        else:
-            signature[name] = "i32" if value < 2**31 else "i64"
-            aligned += [position] if value % 16 == 0 else []
-    parts = (signature.items(), constants.items(), aligned, options.items())
-    return Launch(kernel.__name__, *map(tuple, parts))
+    backend = make_backend(chip)
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = bind(*arguments, **options)
+    options, *parts = kernel._pack_args(backend, options, bound, specialization, options)
+    return Launch(kernel, *parts, vars(options))
 
 
-def recorded_launches(plain: bool) -> set[Launch]:
+def recorded_launches(chip: GPUTarget, plain: bool) -> list[Launch]:
     """Every launch of the triton and the streaming backend, over vocabularies of real models.
 
     plain: those too that need no more registers than the others: without options, without the
     gradient, by KL in place of Jensen-Shannon, and in fp16 in place of bf16.
     """
-    launches = set()
+    launches = {}
     kernels = [
         value
         for module in (rows, streaming)
         for name, value in vars(module).items()
         if name.endswith("_kernel")
     ]
+
+    def record(*arguments, kernel, grid, warmup, **options):
+        launch = launch_of(kernel, chip, arguments, options)
+        launches[str(launch)] = launch
+
     for kernel in kernels:
-        kernel.run = lambda *arguments, kernel=kernel, grid, warmup, **options: launches.add(
-            launch_of(kernel, arguments, options)
-        )
+        kernel.run = functools.partial(record, kernel=kernel)
     for vocabulary in VOCABULARIES:
         for problem in problems(vocabulary, plain):
             gpu_rows.triton_token_loss(problem)
             streaming_engine.token_loss(problem)
-    assert {launch.kernel for launch in launches} == {kernel.__name__ for kernel in kernels}
-    return launches
+    assert {launch.kernel for launch in launches.values()} == set(kernels)
+    return [launches[name] for name in sorted(launches)]
 
 
 def problems(vocabulary: int, plain: bool) -> Iterator[Problem]:
@@ -156,26 +143,15 @@ def problems(vocabulary: int, plain: bool) -> Iterator[Problem]:
         yield sketch(torch.bfloat16, True, 0.0, 0.0, True, False)
 
 
-def compiled(task: tuple[Launch, str]) -> dict[str, Any]:
+def compiled(launch: Launch, chip: GPUTarget) -> dict[str, Any]:
     """The resources that a launch takes on a chip."""
-    launch, chip = task
-    kernel = getattr(rows, launch.kernel, None) or getattr(streaming, launch.kernel)
-    constants = dict(launch.constants)
-    if "divergence" in constants:
-        constants["divergence"] = getattr(formulas, constants["divergence"])
-    source = ASTSource(
-        kernel, dict(launch.signature), constants, {(at,): ALIGNED for at in launch.aligned}
-    )
-    backend, _, arch = chip.partition(":")
-    target = GPUTarget(
-        backend, arch if backend == "hip" else int(arch), 64 if backend == "hip" else 32
-    )
-    binary = triton.compile(source, target=target, options=dict(launch.options))
-    report = resources_of_cubin if backend == "cuda" else resources_of_gcn
+    source = ASTSource(launch.kernel, launch.signature, launch.constants, launch.attributes)
+    binary = triton.compile(source, target=chip, options=launch.options)
+    report = resources_of_cubin if chip.backend == "cuda" else resources_of_gcn
     return {
-        "kernel": launch.kernel,
-        "constants": {name: str(value) for name, value in launch.constants if value is not None},
-        "dtype": sorted({kind for _, kind in launch.signature if kind.startswith("*")}),
+        "kernel": launch.kernel.__name__,
+        "signature": str(launch.signature),
+        "constants": str([value for value in launch.constants.values() if value is not None]),
         "shared": binary.metadata.shared,
         **report(binary.asm),
     }
@@ -201,9 +177,19 @@ def resources_of_gcn(asm: dict[str, Any]) -> dict[str, int]:
     return {"registers": number(".vgpr_count"), "spilled": number("ScratchSize")}
 
 
+def chip_of(name: str) -> GPUTarget:
+    backend, _, arch = name.partition(":")
+    return GPUTarget(backend, arch, 64) if backend == "hip" else GPUTarget(backend, int(arch), 32)
+
+
 if __name__ == "__main__":
-    launches = recorded_launches(plain=sys.argv[1] == "cuda:90")
-    tasks = [(launch, sys.argv[1]) for launch in sorted(launches, key=str)]
-    with multiprocessing.Pool(2) as pool:
-        for row in pool.imap_unordered(compiled, tasks):
-            print(json.dumps(row), flush=True)
+    chip = chip_of(sys.argv[1])
+    launches = recorded_launches(chip, plain=sys.argv[1] == "cuda:90")
+
+    def row(at: int) -> dict[str, Any]:
+        return compiled(launches[at], chip)
+
+    # forked, since kernels cannot be sent
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        for line in pool.imap_unordered(row, range(len(launches))):
+            print(json.dumps(line), flush=True)
