@@ -76,19 +76,21 @@ int64_t workspace_floats(int64_t tokens, int64_t rows, int64_t width, int64_t te
   return engine().workspace_floats(p);
 }
 
-void token_loss_(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias,
-                 const std::optional<Tensor>& targets, double label_smoothing,
-                 const std::optional<Tensor>& more_targets, const std::optional<Tensor>& masses,
-                 const std::optional<Tensor>& teacher, const std::optional<Tensor>& teacher_weight,
-                 const std::optional<Tensor>& teacher_bias, double beta, double alpha,
-                 double softcap, double logit_scale, double temperature, int64_t rows,
+using MaybeTensor = std::optional<Tensor>;
+
+void token_loss_(const Tensor& hidden, const Tensor& weight, const MaybeTensor& bias,
+                 std::optional<double> softcap, double logit_scale, double temperature,
+                 const MaybeTensor& targets, const MaybeTensor& more_targets,
+                 const MaybeTensor& masses, std::optional<double> label_smoothing,
+                 const MaybeTensor& teacher, const MaybeTensor& teacher_weight,
+                 const MaybeTensor& teacher_bias, double beta, double alpha, int64_t rows,
                  int64_t stored, int64_t threads, const Tensor& loss, const Tensor& dhidden,
                  const Tensor& workspace) {
   TokenLoss p{};
   p.T = hidden.size(0), p.V = weight.size(0), p.dtype = dtype_of(hidden);
   p.streams = teacher ? 2 : 1;
 
-  auto head = [&](const Tensor& h, const Tensor& w, const std::optional<Tensor>& b) {
+  auto head = [&](const Tensor& h, const Tensor& w, const MaybeTensor& b) {
     const int64_t D = h.size(1);
     const at::ScalarType dtype = hidden.scalar_type();
     return Head{data_of(h, dtype, {p.T, D}, "hidden"), data_of(w, dtype, {p.V, D}, "weight"),
@@ -107,8 +109,8 @@ void token_loss_(const Tensor& hidden, const Tensor& weight, const std::optional
     p.masses = static_cast<const float*>(data_of(*masses, at::kFloat, {p.T, 1 + p.K}, "masses"));
   }
 
-  p.label_smoothing = float(label_smoothing), p.alpha = alpha, p.beta = beta;
-  p.softcap = float(softcap), p.logit_scale = float(logit_scale),
+  p.label_smoothing = float(label_smoothing.value_or(0)), p.alpha = alpha, p.beta = beta;
+  p.softcap = float(softcap.value_or(0)), p.logit_scale = float(logit_scale),
   p.temperature = float(temperature);
   p.rows = rows, p.stored = int(stored), p.threads = int(threads);
 
@@ -139,11 +141,11 @@ TORCH_LIBRARY(softprompt_fast_C, m) {
       "int stored, bool with_grad, bool converted, int threads) -> int",
       &workspace_floats);
   m.def(
-      "token_loss_(Tensor hidden, Tensor weight, Tensor? bias, Tensor? targets, "
-      "float label_smoothing, Tensor? more_targets, Tensor? masses, Tensor? teacher, "
-      "Tensor? teacher_weight, Tensor? teacher_bias, float beta, float alpha, float softcap, "
-      "float logit_scale, float temperature, int rows, int stored, int threads, Tensor(a!) loss, "
-      "Tensor(b!) dhidden, Tensor(c!) workspace) -> ()");
+      "token_loss_(Tensor hidden, Tensor weight, Tensor? bias, float? softcap, "
+      "float logit_scale, float temperature, Tensor? targets, Tensor? more_targets, "
+      "Tensor? masses, float? label_smoothing, Tensor? teacher, Tensor? teacher_weight, "
+      "Tensor? teacher_bias, float beta, float alpha, int rows, int stored, int threads, "
+      "Tensor(a!) loss, Tensor(b!) dhidden, Tensor(c!) workspace) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(softprompt_fast_C, CPU, m) { m.impl("token_loss_", &token_loss_); }

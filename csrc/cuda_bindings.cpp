@@ -15,14 +15,14 @@ namespace {
 TORCH_LIBRARY_FRAGMENT(softprompt_fast_C, m) {
   m.def(
       "sparse_target_rows_(Tensor(a!) logits, Tensor targets, Tensor? more_targets, "
-      "Tensor? masses, Tensor? keep, Tensor? bias, float label_smoothing, float softcap, "
-      "float logit_scale, float temperature, Tensor(b!) loss, Tensor(c!)? dz, "
-      "Tensor(d!)? unscale, int stream) -> ()");
+      "Tensor? masses, float? label_smoothing, Tensor? bias, float? softcap, float logit_scale, "
+      "float temperature, Tensor? keep, Tensor(b!) loss, Tensor(c!)? dz, Tensor(d!)? unscale, "
+      "int stream) -> ()");
   m.def(
-      "divergence_rows_(Tensor(a!) logits, Tensor teacher_logits, Tensor? targets, Tensor? keep, "
-      "Tensor? bias, Tensor? teacher_bias, float label_smoothing, float beta, float alpha, "
-      "float softcap, float logit_scale, float temperature, Tensor(b!) loss, Tensor(c!)? dz, "
-      "Tensor(d!)? unscale, int stream) -> ()");
+      "divergence_rows_(Tensor(a!) logits, Tensor teacher_logits, float beta, Tensor? targets, "
+      "Tensor? more_targets, Tensor? masses, float? label_smoothing, float alpha, Tensor? bias, "
+      "Tensor? teacher_bias, float? softcap, float logit_scale, float temperature, Tensor? keep, "
+      "Tensor(b!) loss, Tensor(c!)? dz, Tensor(d!)? unscale, int stream) -> ()");
 }
 
 #ifdef SPF_CUDA
@@ -108,13 +108,23 @@ struct Chunk {
 };
 
 cuda::Rows rows_of(const Chunk& chunk, const Tensor& logits, const MaybeTensor& targets,
-                   const MaybeTensor& keep, const MaybeTensor& bias, double label_smoothing,
-                   double softcap, double logit_scale, double temperature, const Tensor& loss,
-                   const MaybeTensor& dz, const MaybeTensor& unscale) {
+                   const MaybeTensor& more_targets, const MaybeTensor& masses,
+                   std::optional<double> label_smoothing, const MaybeTensor& bias,
+                   std::optional<double> softcap, double logit_scale, double temperature,
+                   const MaybeTensor& keep, const Tensor& loss, const MaybeTensor& dz,
+                   const MaybeTensor& unscale) {
   cuda::Rows rows{};
   rows.C = chunk.C, rows.V = int32_t(chunk.V), rows.dtype = dtype_of(chunk.head);
   rows.student = chunk.logits(logits, bias, "logits");
   rows.targets = chunk.data<const int64_t>(targets, at::kLong, {chunk.C}, "targets");
+  TORCH_CHECK(more_targets.has_value() == masses.has_value(),
+              "softprompt_fast_C: masses go with more_targets");
+  if (more_targets) {
+    rows.K = more_targets->size(-1);
+    rows.more_targets =
+        chunk.data<const int64_t>(more_targets, at::kLong, {chunk.C, rows.K}, "more_targets");
+    rows.masses = chunk.data<const float>(masses, at::kFloat, {chunk.C, 1 + rows.K}, "masses");
+  }
   rows.keep = chunk.data<const bool>(keep, at::kBool, {chunk.C}, "keep");
   rows.loss = chunk.data<float>(loss, at::kFloat, {chunk.C}, "loss");
   if (dz) {
@@ -125,8 +135,9 @@ cuda::Rows rows_of(const Chunk& chunk, const Tensor& logits, const MaybeTensor& 
   TORCH_CHECK(!unscale || (dz && chunk.head == at::kHalf),
               "softprompt_fast_C: unscale goes with a dz in fp16");
   rows.unscale = chunk.data<float>(unscale, at::kFloat, {chunk.C}, "unscale");
-  rows.label_smoothing = label_smoothing;
-  rows.softcap = softcap, rows.logit_scale = logit_scale, rows.temperature = temperature;
+  rows.label_smoothing = label_smoothing.value_or(0);
+  rows.softcap = softcap.value_or(0), rows.logit_scale = logit_scale,
+  rows.temperature = temperature;
   return rows;
 }
 
@@ -137,32 +148,27 @@ void launched(int error, const char* kernel) {
 
 void sparse_target_rows_(const Tensor& logits, const Tensor& targets,
                          const MaybeTensor& more_targets, const MaybeTensor& masses,
-                         const MaybeTensor& keep, const MaybeTensor& bias, double label_smoothing,
-                         double softcap, double logit_scale, double temperature, const Tensor& loss,
-                         const MaybeTensor& dz, const MaybeTensor& unscale, int64_t stream) {
+                         std::optional<double> label_smoothing, const MaybeTensor& bias,
+                         std::optional<double> softcap, double logit_scale, double temperature,
+                         const MaybeTensor& keep, const Tensor& loss, const MaybeTensor& dz,
+                         const MaybeTensor& unscale, int64_t stream) {
   const Chunk chunk(logits, bias, dz);
-  cuda::Rows rows = rows_of(chunk, logits, targets, keep, bias, label_smoothing, softcap,
-                            logit_scale, temperature, loss, dz, unscale);
-  TORCH_CHECK(more_targets.has_value() == masses.has_value(),
-              "softprompt_fast_C: masses go with more_targets");
-  if (more_targets) {
-    rows.K = more_targets->size(-1);
-    rows.more_targets =
-        chunk.data<const int64_t>(more_targets, at::kLong, {chunk.C, rows.K}, "more_targets");
-    rows.masses = chunk.data<const float>(masses, at::kFloat, {chunk.C, 1 + rows.K}, "masses");
-  }
+  const cuda::Rows rows = rows_of(chunk, logits, targets, more_targets, masses, label_smoothing,
+                                  bias, softcap, logit_scale, temperature, keep, loss, dz, unscale);
   launched(cuda::sparse_target_rows(rows, reinterpret_cast<void*>(stream)), "sparse_target_rows");
 }
 
-void divergence_rows_(const Tensor& logits, const Tensor& teacher_logits,
-                      const MaybeTensor& targets, const MaybeTensor& keep, const MaybeTensor& bias,
-                      const MaybeTensor& teacher_bias, double label_smoothing, double beta,
-                      double alpha, double softcap, double logit_scale, double temperature,
-                      const Tensor& loss, const MaybeTensor& dz, const MaybeTensor& unscale,
-                      int64_t stream) {
+void divergence_rows_(const Tensor& logits, const Tensor& teacher_logits, double beta,
+                      const MaybeTensor& targets, const MaybeTensor& more_targets,
+                      const MaybeTensor& masses, std::optional<double> label_smoothing,
+                      double alpha, const MaybeTensor& bias, const MaybeTensor& teacher_bias,
+                      std::optional<double> softcap, double logit_scale, double temperature,
+                      const MaybeTensor& keep, const Tensor& loss, const MaybeTensor& dz,
+                      const MaybeTensor& unscale, int64_t stream) {
+  TORCH_CHECK(!more_targets, "softprompt_fast_C: beside a teacher a target has one entry");
   const Chunk chunk(logits, bias ? bias : teacher_bias, dz);
-  cuda::Rows rows = rows_of(chunk, logits, targets, keep, bias, label_smoothing, softcap,
-                            logit_scale, temperature, loss, dz, unscale);
+  cuda::Rows rows = rows_of(chunk, logits, targets, more_targets, masses, label_smoothing, bias,
+                            softcap, logit_scale, temperature, keep, loss, dz, unscale);
   rows.teacher = chunk.logits(teacher_logits, teacher_bias, "teacher_logits");
   rows.beta = beta, rows.alpha = alpha;
   launched(cuda::divergence_rows(rows, reinterpret_cast<void*>(stream)), "divergence_rows");

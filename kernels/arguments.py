@@ -4,6 +4,8 @@ Triton takes a tuple apart when it compiles: a field is a pointer, a number, or 
 not asked for; then the kernel has no code for it. Ask the field, not the tuple, whether it is None:
 Triton 3.6 cannot compare a tuple that holds a None, nor return one from a function.
 
+A target is the ``SparseTarget`` of ``softprompt_fast/backends/problem.py``.
+
 Legend: C rows in a chunk, T tokens, D hidden width, V vocabulary, K more targets.
 """
 
@@ -19,7 +21,9 @@ class Transform(NamedTuple):
     slope: float
 
     @classmethod
-    def of(cls, softcap: float | None, logit_scale: float, temperature: float) -> "Transform":
+    def of(cls, transform: Any) -> "Transform":
+        """Of a ``LogitTransform``."""
+        softcap, logit_scale, temperature = transform
         slope = logit_scale / temperature
         if softcap is None:
             return cls(slope, None, slope)
@@ -50,24 +54,6 @@ class Weights(NamedTuple):
         return cls(alpha, 1 - alpha)
 
 
-class Target(NamedTuple):
-    """As ``SparseTarget`` in ``softprompt_fast/backends/problem.py``."""
-
-    ids: Any = None  # [T] int64
-    more: Any = None  # [T, K] int64
-    masses: Any = None  # [T, 1 + K] fp32
-    K: int = 0
-    smoothing: float | None = None
-
-    @classmethod
-    def of(cls, ids: Any, more: Any, masses: Any, smoothing: float) -> "Target":
-        return cls(ids, more, masses, 0 if more is None else more.shape[1], smoothing or None)
-
-    def lanes(self) -> int:
-        """A power of two that holds the K entries."""
-        return 1 << max(self.K - 1, 0).bit_length()
-
-
 class Logits(NamedTuple):
     """Rows of raw products with a head."""
 
@@ -86,6 +72,14 @@ class Gradient(NamedTuple):
     @classmethod
     def of(cls, dz: Any, unscale: Any) -> "Gradient":
         return cls() if dz is None else cls(dz, dz.stride(0), unscale)
+
+
+class Label(NamedTuple):
+    """What the slope of a row's cross-entropy is made of."""
+
+    lse: Any  # [1], log of the sum of e^z
+    missing: Any  # [1], 1 - q of the label
+    elsewhere: Any  # [1], what the target leaves to others
 
 
 class Stream(NamedTuple):
@@ -122,3 +116,9 @@ class Strip(NamedTuple):
     dz: Any  # [T, width]
     first: int
     width: int
+
+
+def entry_numbers(target: Any) -> tuple[int, int]:
+    """K, and a power of two that holds as many entries."""
+    K = 0 if target.more is None else target.more.shape[1]
+    return K, 1 << max(K - 1, 0).bit_length()

@@ -13,6 +13,8 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from .arguments import Label
+
 # Below this |d| the series of e^d - 1 - d is exact to fp32.
 SMALL = tl.constexpr(0.5)
 # A teacher that gives the student's most probable entry e^-RULED_OUT of the student's probability.
@@ -175,12 +177,50 @@ def log_likelihood(top, total, others, z_target):
 
 
 @triton.jit
-def load_masses(target, row, ENTRIES: tl.constexpr):
+def label_loss(top, total, others, sum_z, z_label, target, V):
+    """log(total), the cross-entropy with the label, perhaps smoothed, and its slope's numbers."""
+    log_sum, nll, missing = log_likelihood(top, total, others, z_label)
+    lse = top + log_sum
+    elsewhere = tl.zeros([1], tl.float32)
+    if target.smoothing is not None:
+        nll = (1 - target.smoothing) * nll + target.smoothing * (lse - sum_z / V)
+        elsewhere += target.smoothing
+    return log_sum, nll, Label(lse, missing, elsewhere)
+
+
+@triton.jit
+def nll_slope(log_q, is_label, mass, label, target, V):
+    """d nll / dz of entries, one of them the label, the others with this mass.
+
+    At the label q - (1 - elsewhere) comes as elsewhere - missing.
+    """
+    uniform = even_share(target, V)
+    at_label = (label.elsewhere - uniform) - label.missing
+    return tl.where(is_label, at_label, (tl.exp(log_q) - mass) - uniform)
+
+
+@triton.jit
+def even_share(target, V):
+    """What every entry of the vocabulary has of the smoothing."""
+    share = 0.0
+    if target.smoothing is not None:
+        share = target.smoothing / V
+    return share
+
+
+@triton.jit
+def nll_bound(label):
+    """What no |d nll / dz| exceeds: what the student, or the target, leaves to others."""
+    return tl.maximum(label.missing, label.elsewhere)
+
+
+@triton.jit
+def load_masses(masses, row, K, ENTRIES: tl.constexpr):
     """The tail's mass, those of the more targets [ENTRIES], 0 beyond K, and the sum of all."""
     entries = tl.arange(0, ENTRIES)
-    masses = target.masses + row * (1 + target.K)
+    masses += row * (1 + K)
     tail = tl.load(masses)
-    mass = tl.load(masses + 1 + entries, mask=entries < target.K, other=0.0)
+    mass = tl.load(masses + 1 + entries, mask=entries < K, other=0.0)
     return tail, mass, tail + tl.sum(mass, 0)
 
 
@@ -200,48 +240,6 @@ def spread(nll, z_target, tail, mass, z):
     terms = tl.where(mass > 0, mass * (z - z_target), 0.0)
     more = tail * z_target - tl.sum(terms, 0)
     return tl.where(z_target == MINUS_INFINITY, nll, nll + more)
-
-
-@triton.jit
-def even_share(label_smoothing, V):
-    """What every entry of the vocabulary has of label_smoothing."""
-    share = 0.0
-    if label_smoothing is not None:
-        share = label_smoothing / V
-    return share
-
-
-@triton.jit
-def entry_slope(log_q, mass, uniform):
-    """d nll / dz of an entry that is not the target."""
-    return (tl.exp(log_q) - mass) - uniform
-
-
-@triton.jit
-def nll_slope(log_q, is_target, missing, elsewhere, uniform):
-    """d nll / dz. elsewhere: what the target leaves to others; None: nothing.
-
-    At the target q - (1 - elsewhere) comes as elsewhere - missing.
-    """
-    at_target = -missing
-    if elsewhere is not None:
-        at_target += elsewhere - uniform
-    return tl.where(is_target, at_target, entry_slope(log_q, 0.0, uniform))
-
-
-@triton.jit
-def nll_bound(missing, elsewhere):
-    """What no |d nll / dz| exceeds: what the student, or the target, leaves to others."""
-    bound = missing
-    if elsewhere is not None:
-        bound = tl.maximum(missing, elsewhere)
-    return bound
-
-
-@triton.jit
-def smooth(nll, lse, sum_z, V, label_smoothing):
-    """Cross-entropy with the part label_smoothing of the target spread over the vocabulary."""
-    return (1 - label_smoothing) * nll + label_smoothing * (lse - sum_z / V)
 
 
 @triton.jit

@@ -14,25 +14,26 @@ arguments that are tuples see ``arguments.py``.
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .arguments import Gradient, Logits, Mixture, Target, Transform, Weights
+from softprompt_fast.backends.formulas import IDENTITY, LogitTransform
+from softprompt_fast.backends.problem import NO_TARGET, SparseTarget
+
+from .arguments import Gradient, Label, Logits, Mixture, Transform, Weights, entry_numbers
 from .formulas import (
     MINUS_INFINITY,
     add_entry,
     chain,
     divergence_of,
-    entry_slope,
-    even_share,
     finish,
     fp16_exponent,
     known,
+    label_loss,
     load_masses,
-    log_likelihood,
     merge,
     nll_bound,
     nll_slope,
     power_of_two,
-    smooth,
     spread,
 )
 
@@ -81,20 +82,21 @@ def sparse_target_rows_kernel(
     loss,
     gradient,
     V,
+    K,
     BLOCK: tl.constexpr,
     ENTRIES: tl.constexpr,
 ):
     """Cross-entropy of rows [C, V] -> loss [C] and, unless dz is None, the gradient."""
     row = tl.program_id(0).to(tl.int64)
     logits = student.raw + row * student.stride
-    bias, smoothing = student.bias, target.smoothing
+    bias = student.bias
     lanes = tl.arange(0, BLOCK)
     one = tl.arange(0, 1)
     stop = stop_of(keep, row, V)
 
     # softmax
-    label = tl.load(target.ids + row)
-    z_label = load_entry(logits, label, stop, bias, transform)
+    target_id = tl.load(target.ids + row)
+    z_label = load_entry(logits, target_id, stop, bias, transform)
     top = tl.full([BLOCK], MINUS_INFINITY, tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     others = tl.zeros([BLOCK], tl.float32)
@@ -102,29 +104,24 @@ def sparse_target_rows_kernel(
     for start in tl.range(0, stop, BLOCK, loop_unroll_factor=2):
         columns = start + lanes
         z = load_block(logits, columns, stop, bias, transform)
-        if smoothing is not None:
+        if target.smoothing is not None:
             sum_z += tl.where(columns < stop, z, 0.0)
-        is_other = tl.where(columns == label, 0.0, 1.0)
+        is_other = tl.where(columns == target_id, 0.0, 1.0)
         top, total, others = add_entry(top, total, others, z, is_other)
     top, total, others = merge(top, total, others)
 
     # loss
     if target.masses is not None:
-        tail, mass, mass_sum = load_masses(target, row, ENTRIES)
-        entries = row * target.K + tl.arange(0, ENTRIES)
+        tail, mass, mass_sum = load_masses(target.masses, row, K, ENTRIES)
+        entries = row * K + tl.arange(0, ENTRIES)
         ids = tl.load(target.more + entries, mask=mass > 0, other=-1)
         z_more = load_entry(logits, ids, stop, bias, transform)
         z_label = known(z_label, mass, z_more)
-    log_sum, nll, missing = log_likelihood(top, total, others, z_label)
-    elsewhere = smoothing
-    uniform = even_share(smoothing, V)
-    if smoothing is not None:
-        nll = smooth(nll, top + log_sum, tl.sum(sum_z, 0), V, smoothing)
+    sum_z = tl.sum(sum_z, 0)
+    log_sum, nll, label = label_loss(top, total, others, sum_z, z_label, target, V)
     if target.masses is not None:
         nll = spread(nll, z_label, tail, mass, z_more)
-        elsewhere = mass_sum
-        if smoothing is not None:
-            elsewhere += smoothing
+        label = Label(label.lse, label.missing, label.elsewhere + mass_sum)
     tl.store(loss + row + one, tl.where(stop == 0, 0.0, nll))
 
     # gradient
@@ -132,16 +129,17 @@ def sparse_target_rows_kernel(
         dz = gradient.dz + row * gradient.stride
         slope = transform.slope
         if gradient.unscale is not None:
-            bound = nll_bound(missing, elsewhere)
-            slope = fit_fp16(slope, bound, gradient.unscale + row)
+            slope = fit_fp16(slope, nll_bound(label), gradient.unscale + row)
         if target.masses is not None:
-            g_more = entry_slope((z_more - top) - log_sum, mass, uniform)
+            log_q_more = (z_more - top) - log_sum
+            g_more = nll_slope(log_q_more, False, mass, label, target, V)
             g_more = chain(g_more, z_more, slope, transform.cap)
         for start in range(0, V, BLOCK):
             columns = start + lanes
             z = load_block(logits, columns, stop, bias, transform)
             tl.debug_barrier()
-            g = nll_slope((z - top) - log_sum, columns == label, missing, elsewhere, uniform)
+            log_q = (z - top) - log_sum
+            g = nll_slope(log_q, columns == target_id, 0.0, label, target, V)
             g = tl.where(columns < stop, chain(g, z, slope, transform.cap), 0.0)
             tl.store(dz + columns, g.to(dz.dtype.element_ty), mask=columns < V)
         if target.masses is not None:
@@ -185,10 +183,10 @@ def divergence_rows_kernel(
     lanes = tl.arange(0, BLOCK)
     one = tl.arange(0, 1)
     stop = stop_of(keep, row, V)
-    label = -1
+    target_id = -1
     if target.ids is not None:
-        label = tl.load(target.ids + row)
-        z_label = load_entry(logits, label, stop, student.bias, transform)
+        target_id = tl.load(target.ids + row)
+        z_label = load_entry(logits, target_id, stop, student.bias, transform)
 
     # softmax of both, and the student's most probable entry
     top = tl.full([BLOCK], MINUS_INFINITY, tl.float32)
@@ -204,7 +202,7 @@ def divergence_rows_kernel(
         peak = tl.where(z > top, columns, peak)
         if target.smoothing is not None:
             sum_z += tl.where(columns < stop, z, 0.0)
-        is_other = tl.where(columns == label, 0.0, 1.0)
+        is_other = tl.where(columns == target_id, 0.0, 1.0)
         top, total, others = add_entry(top, total, others, z, is_other)
         z_p = load_block(logits_p, columns, stop, teacher.bias, transform)
         top_p, total_p, _ = add_entry(top_p, total_p, total_p, z_p, 1.0)
@@ -214,12 +212,11 @@ def divergence_rows_kernel(
     log_sum, log_sum_p = tl.log(total), tl.log(total_p)
 
     # cross-entropy
-    nll = tl.zeros([1], tl.float32)
-    missing = tl.zeros([1], tl.float32)
+    zero = tl.zeros([1], tl.float32)
+    nll, label = zero, Label(zero, zero, zero)
     if target.ids is not None:
-        log_sum, nll, missing = log_likelihood(top, total, others, z_label)
-        if target.smoothing is not None:
-            nll = smooth(nll, top + log_sum, tl.sum(sum_z, 0), V, target.smoothing)
+        sum_z = tl.sum(sum_z, 0)
+        log_sum, nll, label = label_loss(top, total, others, sum_z, z_label, target, V)
 
     # divergence
     z_peak = load_entry(logits, peak, stop, student.bias, transform)
@@ -250,7 +247,7 @@ def divergence_rows_kernel(
         if gradient.unscale is not None:
             # forward KL's slopes are at most 1
             bound = tl.max(largest, 0) + tl.abs(slope_sum) if MEASURE else slope_sum + 1
-            bound = weights.divergence * bound + weights.nll * nll_bound(missing, target.smoothing)
+            bound = weights.divergence * bound + weights.nll * nll_bound(label)
             slope = fit_fp16(slope, bound, gradient.unscale + row)
         for start in range(0, V, BLOCK):
             columns = start + lanes
@@ -263,14 +260,16 @@ def divergence_rows_kernel(
             if not MEASURE:
                 values += tl.where(inside, value, 0.0)
                 slopes += tl.where(inside, s, 0.0)
-            g = loss_slope(s, slope_sum, log_q, columns == label, missing, target, weights, V)
+            is_label = columns == target_id
+            g = loss_slope(s, slope_sum, log_q, is_label, label, target, weights, V)
             g = tl.where(inside, chain(g, z, slope, transform.cap), 0.0)
             tl.store(dz + columns, g.to(dz.dtype.element_ty), mask=columns < V)
         if not MEASURE:
             # what rounding left of the slopes' sum, at the entry that is most of it
             slope_sum += tl.sum(slopes, 0)
             _, s = divergence(log_p_peak, log_q_peak, d_peak, mixture)
-            g = loss_slope(s, slope_sum, log_q_peak, peak == label, missing, target, weights, V)
+            is_label = peak == target_id
+            g = loss_slope(s, slope_sum, log_q_peak, is_label, label, target, weights, V)
             g = chain(g, z_peak, slope, transform.cap)
             tl.debug_barrier()
             tl.store(dz + peak + one, g.to(dz.dtype.element_ty), mask=peak + one < stop)
@@ -280,90 +279,81 @@ def divergence_rows_kernel(
 
 
 @triton.jit
-def loss_slope(s, slope_sum, log_q, is_label, missing, target, weights, V):
+def loss_slope(s, slope_sum, log_q, is_label, label, target, weights, V):
     """d loss / dz of an entry where the divergence's slope is s."""
     g = weights.divergence * (s - tl.exp(log_q) * slope_sum)
     if target.ids is not None:
-        uniform = even_share(target.smoothing, V)
-        g += weights.nll * nll_slope(log_q, is_label, missing, target.smoothing, uniform)
+        g += weights.nll * nll_slope(log_q, is_label, 0.0, label, target, V)
     return g
 
 
 def sparse_target_rows_(
-    logits,
-    targets,
-    loss,
-    dz,
+    logits: Tensor,
+    target: SparseTarget,
+    loss: Tensor,
+    dz: Tensor | None,
     *,
-    more_targets=None,
-    masses=None,
-    keep=None,
-    bias=None,
-    label_smoothing=0.0,
-    softcap=None,
-    logit_scale=1.0,
-    temperature=1.0,
-    unscale=None,
+    bias: Tensor | None = None,
+    transform: LogitTransform = IDENTITY,
+    keep: Tensor | None = None,
+    unscale: Tensor | None = None,
 ) -> None:
     """Cross-entropy of softmax rows with few targets each, and its gradient.
 
-    logits [C, V] fp32, raw products of the head    targets [C] int64    bias [V] or None
-    more_targets [C, K] int64 and masses [C, 1 + K] fp32 as in ``Problem``, or both None
+    logits [C, V] fp32, raw products of the head    target, without a tail, over [C]
     keep [C] bool or None: rows where it is False get loss 0 and gradient 0, whatever they hold
     loss [C] fp32, written    dz [C, V], written in its own dtype, or None; it may start where
     logits starts    unscale [C] fp32, written: row r of dz holds its gradient / unscale[r], a
-    power of two that keeps fp16 in range. A target outside the vocabulary makes its row NaN.
+    power of two that keeps fp16 in range. An id outside the vocabulary makes its row NaN.
     """
     C, V = logits.shape
-    target = Target.of(targets, more_targets, masses, label_smoothing)
+    K, entries = entry_numbers(target)
     if C:
         sparse_target_rows_kernel[(C,)](
             Logits(logits, logits.stride(0), bias),
             target,
             keep,
-            Transform.of(softcap, logit_scale, temperature),
+            Transform.of(transform),
             loss,
             Gradient.of(dz, unscale),
             V,
+            K,
             BLOCK=BLOCK,
-            ENTRIES=target.lanes(),
+            ENTRIES=entries,
             **COMPILED,
         )
 
 
 def divergence_rows_(
-    logits,
-    teacher_logits,
-    loss,
-    dz,
+    logits: Tensor,
+    teacher_logits: Tensor,
+    loss: Tensor,
+    dz: Tensor | None,
     *,
-    targets=None,
-    keep=None,
-    bias=None,
-    teacher_bias=None,
-    label_smoothing=0.0,
-    beta=0.0,
-    alpha=1.0,
-    softcap=None,
-    logit_scale=1.0,
-    temperature=1.0,
-    unscale=None,
+    beta: float = 0.0,
+    target: SparseTarget = NO_TARGET,
+    alpha: float = 1.0,
+    bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    transform: LogitTransform = IDENTITY,
+    keep: Tensor | None = None,
+    unscale: Tensor | None = None,
 ) -> None:
     """Divergence of teacher and student rows, and its gradient by the student's raw product.
 
-    Shapes as in ``sparse_target_rows_``; teacher_logits [C, V] and teacher_bias [V] belong to the
-    teacher. With targets: alpha * divergence + (1 - alpha) * cross-entropy.
+    As ``sparse_target_rows_``; teacher_logits [C, V] and teacher_bias [V] belong to the teacher.
+    With a target, a label: alpha * divergence + (1 - alpha) * cross-entropy.
     """
     C, V = logits.shape
     if C:
         divergence_rows_kernel[(C,)](
             Logits(logits, logits.stride(0), bias),
             Logits(teacher_logits, teacher_logits.stride(0), teacher_bias),
-            Target.of(targets, None, None, label_smoothing),
+            target,
             keep,
             Mixture.of(beta),
             Weights.of(alpha),
-            Transform.of(softcap, logit_scale, temperature),
+            Transform.of(transform),
             loss,
             Gradient.of(dz, unscale),
             V,

@@ -24,24 +24,22 @@ import torch
 import triton
 import triton.language as tl
 
+from .arguments import Label
 from .formulas import (
     MINUS_INFINITY,
     chain,
-    entry_slope,
-    even_share,
     finish,
     finite_top,
     forward_kl,
     fp16_exponent,
     known,
+    label_loss,
     load_masses,
-    log_likelihood,
     merge,
     nll_bound,
     nll_slope,
     power_of_two,
     reverse_kl,
-    smooth,
     spread,
 )
 
@@ -169,18 +167,18 @@ def entries_kernel(
     stream,
     transform,
     V,
+    K,
     ENTRIES: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
     """The logits of the more targets -> z_more [T, K]; NaN where nothing is looked at."""
     row = tl.program_id(0).to(tl.int64)
     entries = tl.program_id(1) * ENTRIES + tl.arange(0, ENTRIES)
-    inside = entries < target.K
-    masses = target.masses + row * (1 + target.K) + 1
-    mass = tl.load(masses + entries, mask=inside, other=0.0)
-    ids = tl.load(target.more + row * target.K + entries, mask=mass > 0, other=-1)
+    inside = entries < K
+    mass = tl.load(target.masses + row * (1 + K) + 1 + entries, mask=inside, other=0.0)
+    ids = tl.load(target.more + row * K + entries, mask=mass > 0, other=-1)
     z = logits_of(stream, transform, row, ids, V, DEPTH)
-    tl.store(z_more + row * target.K + entries, z, mask=inside)
+    tl.store(z_more + row * K + entries, z, mask=inside)
 
 
 @triton.jit
@@ -194,6 +192,7 @@ def finish_kernel(
     transform,
     T,
     V,
+    K,
     ENTRIES: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
@@ -209,25 +208,24 @@ def finish_kernel(
     top, total, other = merge(tops, totals, without_label)
     log_sum = tl.log(total)
     if target.ids is not None:
-        label = tl.load(target.ids + row)
-        inside = (label >= 0) & (label < V)
+        target_id = tl.load(target.ids + row)
+        inside = (target_id >= 0) & (target_id < V)
         z_label = tl.load(parts.z_targets + row, mask=inside, other=float("nan"))
         if target.masses is not None:
-            tail, mass, mass_sum = load_masses(target, row, ENTRIES)
-            entries = row * target.K + tl.arange(0, ENTRIES)
+            tail, mass, mass_sum = load_masses(target.masses, row, K, ENTRIES)
+            entries = row * K + tl.arange(0, ENTRIES)
             z_more = tl.load(z_more + entries, mask=mass > 0, other=0.0)
             z_label = known(z_label, mass, z_more)
-        log_sum, nll, missing = log_likelihood(top, total, other, z_label)
-        elsewhere = tl.zeros([1], tl.float32)
+        sum_z = 0.0
         if target.smoothing is not None:
             sum_z = tl.sum(tl.load(parts.sums_z + at), 0)
-            nll = smooth(nll, top + log_sum, sum_z, V, target.smoothing)
-            elsewhere += target.smoothing
+        log_sum, nll, label = label_loss(top, total, other, sum_z, z_label, target, V)
+        elsewhere = label.elsewhere
         if target.masses is not None:
             nll = spread(nll, z_label, tail, mass, z_more)
             elsewhere += mass_sum
         tl.store(statistics + NLL * T + row + one, nll)
-        tl.store(statistics + MISSING * T + row + one, missing)
+        tl.store(statistics + MISSING * T + row + one, label.missing)
         tl.store(statistics + ELSEWHERE * T + row + one, elsewhere)
     tl.store(statistics + TOP * T + row + one, top)
     tl.store(statistics + LOG_SUM * T + row + one, log_sum)
@@ -248,6 +246,14 @@ def finish_kernel(
 def statistic(statistics, rows, T, INDEX: tl.constexpr):
     """One statistic of the rows of a tile.    [ROWS, 1]"""
     return tl.load(statistics + INDEX * T + rows, mask=rows < T, other=0.0)[:, None]
+
+
+@triton.jit
+def label_of(statistics, rows, T):
+    """The slope's numbers of the rows of a tile.    [ROWS, 1] each"""
+    lse = statistic(statistics, rows, T, TOP) + statistic(statistics, rows, T, LOG_SUM)
+    missing = statistic(statistics, rows, T, MISSING)
+    return Label(lse, missing, statistic(statistics, rows, T, ELSEWHERE))
 
 
 @triton.jit
@@ -321,9 +327,7 @@ def finish_sums_kernel(
     bound = tl.zeros([1], tl.float32)
     if targets is not None:
         value += weights.nll * tl.load(statistics + NLL * T + row)
-        missing = tl.load(statistics + MISSING * T + row)
-        elsewhere = tl.load(statistics + ELSEWHERE * T + row)
-        bound += weights.nll * nll_bound(missing, elsewhere)
+        bound += weights.nll * tl.max(nll_bound(label_of(statistics, row + one, T)))
     if sums.value is not None:
         value += weights.divergence * tl.sum(tl.load(sums.value + at), 0)
         slope_sum = tl.sum(tl.load(sums.slope + at), 0)
@@ -368,12 +372,10 @@ def gradient_kernel(
     log_q = log_softmax(z, statistics, rows, T, TOP, LOG_SUM)
     g = tl.zeros([ROWS, COLUMNS], tl.float32)
     if target.ids is not None:
-        label = tl.load(target.ids + rows, mask=rows < T, other=-1)[:, None]
-        missing = statistic(statistics, rows, T, MISSING)
-        elsewhere = statistic(statistics, rows, T, ELSEWHERE)
-        is_label = columns[None, :] == label
-        uniform = even_share(target.smoothing, V)
-        g += weights.nll * nll_slope(log_q, is_label, missing, elsewhere, uniform)
+        target_id = tl.load(target.ids + rows, mask=rows < T, other=-1)[:, None]
+        is_label = columns[None, :] == target_id
+        label = label_of(statistics, rows, T)
+        g += weights.nll * nll_slope(log_q, is_label, 0.0, label, target, V)
     if teacher.hidden is not None:
         z_p = logits_tile(teacher, transform, rows, columns, T, V, DEPTH)
         log_p = log_softmax(z_p, statistics, rows, T, TOP_P, LOG_SUM_P)
@@ -397,20 +399,21 @@ def masses_kernel(
     transform,
     T,
     V,
+    K,
     ENTRIES: tl.constexpr,
 ):
     """Overwrites the strip's dz where an entry has mass: q - t before it is rounded."""
     row = tl.program_id(0).to(tl.int64)
     rows = row + tl.arange(0, 1)
-    _, mass, _ = load_masses(target, row, ENTRIES)
+    _, mass, _ = load_masses(target.masses, row, K, ENTRIES)
     if keep is not None:
         mass = tl.where(tl.load(keep + row) != 0, mass, 0.0)
     counts = mass > 0
-    entries = row * target.K + tl.arange(0, ENTRIES)
+    entries = row * K + tl.arange(0, ENTRIES)
     in_strip = tl.load(target.more + entries, mask=counts, other=-1) - strip.first
     z = tl.load(z_more + entries, mask=counts, other=0.0)[None, :]
     log_q = log_softmax(z, statistics, rows, T, TOP, LOG_SUM)
-    g = entry_slope(log_q, mass[None, :], even_share(target.smoothing, V))
+    g = nll_slope(log_q, False, mass[None, :], label_of(statistics, rows, T), target, V)
     g = chain(g, z, transform.slope * statistic(statistics, rows, T, FACTOR), transform.cap)
     present = (in_strip >= 0) & (in_strip < tl.minimum(strip.width, V - strip.first))
     dz = strip.dz + (row * strip.width + in_strip[None, :])

@@ -19,6 +19,8 @@ from gpu.common import DEVICE, ON_GPU, emit, interleaved, kernels_can_run
 from torch import Tensor
 from torch.nn import functional as F
 
+from softprompt_fast.backends.problem import SparseTarget
+
 DTYPE, U_DTYPE = torch.bfloat16, 2.0**-8
 CHECKED_ROWS = 4
 
@@ -54,7 +56,7 @@ def measure(kernels: ModuleType, backend: str, loss: str) -> None:
 
     def kernel() -> None:
         if loss == "NLL":
-            kernels.sparse_target_rows_(z, targets, values, dz)
+            kernels.sparse_target_rows_(z, SparseTarget(targets), values, dz)
         else:
             kernels.divergence_rows_(z, z_p, values, dz, **LOSSES[loss].options)
 

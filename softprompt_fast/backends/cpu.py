@@ -31,8 +31,7 @@ COMFORT_MIB = 16
 def token_loss(problem: Problem) -> tuple[Tensor, Tensor]:
     """loss [T] fp32, dhidden [T, D] fp32 (empty without gradient)."""
     problem = problem.contiguous()
-    hidden, head, transform = problem.hidden, problem.head, problem.head.transform
-    target = problem.target or NO_TARGET
+    hidden, head = problem.hidden, problem.head
     teacher = problem.teacher or NO_TEACHER
     teacher_weight, teacher_bias, _ = teacher.head or (None, None, None)
     tokens, width = hidden.shape
@@ -43,18 +42,13 @@ def token_loss(problem: Problem) -> tuple[Tensor, Tensor]:
         hidden,
         head.weight,
         head.bias,
-        target.ids,
-        target.smoothing,
-        target.more,
-        target.masses,
+        *head.transform,
+        *(problem.target or NO_TARGET).entries(),
         teacher.hidden,
         teacher_weight,
         teacher_bias,
         teacher.beta,
         problem.alpha,
-        transform.softcap or 0.0,
-        transform.logit_scale,
-        transform.temperature,
         rows,
         stored,
         threads,

@@ -4,7 +4,7 @@ Logits are raw products [C, V] in fp32 whose rows begin at multiples of 8 entrie
 V and the stride is not used. dz, in the head's dtype, may begin where the logits begin: a row of
 the gradient then overwrites the row it comes from. Without dz only the loss is computed.
 
-Legend: C rows, V vocabulary, K more targets.
+Legend: C rows, V vocabulary.
 """
 
 from __future__ import annotations
@@ -12,42 +12,34 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .formulas import IDENTITY, LogitTransform
+from .problem import NO_TARGET, SparseTarget
+
 
 def sparse_target_rows_(
     logits: Tensor,
-    targets: Tensor,
+    target: SparseTarget,
     loss: Tensor,
     dz: Tensor | None,
     *,
-    more_targets: Tensor | None = None,
-    masses: Tensor | None = None,
-    keep: Tensor | None = None,
     bias: Tensor | None = None,
-    label_smoothing: float = 0.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    temperature: float = 1.0,
+    transform: LogitTransform = IDENTITY,
+    keep: Tensor | None = None,
     unscale: Tensor | None = None,
 ) -> None:
     """Cross-entropy: fills loss [C] and, where they are given, dz [C, V] and unscale [C].
 
-    targets [C] int64; a row whose target is no entry becomes NaN.    bias [V]
-    more_targets [C, K] int64 and masses [C, 1 + K] as in ``Problem``, or both None
-    keep [C] bool: where False, loss and dz are 0 whatever the row holds
+    target, without a tail, over [C]; a row with an id outside the vocabulary becomes NaN.
+    keep [C] bool: where False, loss and dz are 0 whatever the row holds    bias [V]
     unscale [C]: for dz in fp16, which leaves the kernel times a power of two; this undoes it
     """
     with torch.cuda.device(logits.device):
         torch.ops.softprompt_fast_C.sparse_target_rows_(
             logits,
-            targets,
-            more_targets,
-            masses,
-            keep,
+            *target.entries(),
             _as(dz, bias),
-            label_smoothing,
-            softcap or 0.0,
-            logit_scale,
-            temperature,
+            *transform,
+            keep,
             loss,
             dz,
             unscale,
@@ -61,36 +53,31 @@ def divergence_rows_(
     loss: Tensor,
     dz: Tensor | None,
     *,
-    targets: Tensor | None = None,
-    keep: Tensor | None = None,
+    beta: float = 0.0,
+    target: SparseTarget = NO_TARGET,
+    alpha: float = 1.0,
     bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
-    label_smoothing: float = 0.0,
-    beta: float = 0.0,
-    alpha: float = 1.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    temperature: float = 1.0,
+    transform: LogitTransform = IDENTITY,
+    keep: Tensor | None = None,
     unscale: Tensor | None = None,
 ) -> None:
     """alpha * divergence(beta) + (1 - alpha) * cross-entropy; see ``sparse_target_rows_``.
 
-    Without targets there is no second term.    teacher_logits [C, V], like logits, never written
+    Without a target, a label, there is no second term.
+    teacher_logits [C, V], like logits, never written
     """
     with torch.cuda.device(logits.device):
         torch.ops.softprompt_fast_C.divergence_rows_(
             logits,
             teacher_logits,
-            targets,
-            keep,
+            beta,
+            *target.entries(),
+            alpha,
             _as(dz, bias),
             _as(dz, teacher_bias),
-            label_smoothing,
-            beta,
-            alpha,
-            softcap or 0.0,
-            logit_scale,
-            temperature,
+            *transform,
+            keep,
             loss,
             dz,
             unscale,

@@ -61,6 +61,9 @@ class LogitTransform(NamedTuple):
         return linear * (1 - (z * (self.temperature / self.softcap)) ** 2)
 
 
+IDENTITY = LogitTransform()
+
+
 def excess(d: Tensor) -> Tensor:
     """e^d - 1 - d for |d| <= SMALL, by its Taylor series."""
     series = torch.full_like(d, 1 / 3628800)
@@ -143,7 +146,8 @@ def sparse_target_rows(z: Tensor, target: SparseTarget) -> tuple[Tensor, Tensor]
     1 - q_target = sigmoid(o - z_target): a confident row keeps its relative accuracy, where
     lse - z_target and q_target - 1 would cancel.
     """
-    smoothing, uniform = target.smoothing, target.smoothing / z.shape[-1]
+    smoothing = target.smoothing or 0.0
+    uniform = smoothing / z.shape[-1]
     ids = target.ids.unsqueeze(-1)
     # one number a row, in double: fp32 functions may round another way where rows are few
     z_target = z.gather(-1, ids).double()

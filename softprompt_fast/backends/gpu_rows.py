@@ -116,26 +116,24 @@ def _row_kernel(
     unscale: Tensor | None,
 ) -> None:
     """Fills loss [C], unscale [C] and, over logits[0], dz."""
-    target = problem.target or NO_TARGET
+    target, head = problem.target or NO_TARGET, problem.head
     options: dict[str, Any] = {
-        **problem.head.transform._asdict(),
-        "targets": target.ids,
+        "bias": head.bias,
+        "transform": head.transform,
         "keep": problem.keep,
-        "bias": problem.head.bias,
-        "label_smoothing": target.smoothing,
         "unscale": unscale,
     }
     if problem.teacher is None:
-        more = {"more_targets": target.more, "masses": target.masses}
-        kernels.sparse_target_rows_(logits[0], loss=loss, dz=dz, **more, **options)
+        kernels.sparse_target_rows_(logits[0], target, loss, dz, **options)
     else:
         _, (_, teacher_head) = problem.streams
         kernels.divergence_rows_(
             *logits,
             loss,
             dz,
-            teacher_bias=teacher_head.bias,
             beta=problem.teacher.beta,
+            target=target,
             alpha=problem.alpha,
+            teacher_bias=teacher_head.bias,
             **options,
         )

@@ -42,13 +42,19 @@ class SparseTarget(NamedTuple):
 
     It has masses[:, 1:] on ``more``, ``smoothing`` spread over the vocabulary, masses[:, 0] on the
     tail, and what is left of 1 on ``ids``. Entries whose mass is 0 are not looked at.
+
+    The engines in C++, CUDA and Triton take these fields as they come: a new one reaches them.
     """
 
     ids: Tensor  # [T] int64, in range where keep is True
     more: Tensor | None = None  # [T, K] int64, no entry twice
     masses: Tensor | None = None  # [T, 1 + K] fp32
-    smoothing: float = 0.0
+    smoothing: float | None = None
     tail: Tail | None = None
+
+    def entries(self) -> list[Any]:
+        """Every field but the tail, which is the op's."""
+        return [value for name, value in self._asdict().items() if name != "tail"]
 
 
 class HiddenTeacher(NamedTuple):

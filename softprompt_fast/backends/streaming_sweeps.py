@@ -19,13 +19,13 @@ from ..kernels.arguments import (
     Stream,
     Strip,
     Sums,
-    Target,
     Transform,
     Weights,
+    entry_numbers,
 )
 from ..kernels.formulas import divergence_of
 from .matmul import gradient_dtype
-from .problem import NO_TARGET, NO_TEACHER, Problem, round_up
+from .problem import NO_TARGET, NO_TEACHER, Problem, SparseTarget, round_up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class Chunk:
 
     student: Stream
     teacher: Stream  # without hidden states where the problem has no teacher
-    target: Target
+    target: SparseTarget
     keep: Tensor | None
     mixture: Mixture
     weights: Weights
@@ -42,24 +42,29 @@ class Chunk:
     divergence: Callable[..., Any]
     R: int
     V: int
+    K: int
+    entries: int  # a power of two that holds K
 
     @classmethod
     def of(cls, problem: Problem) -> Chunk:
         streams = [Stream(h, head.weight, head.bias, h.shape[1]) for h, head in problem.streams]
         student, teacher = (*streams, Stream())[:2]
         target = problem.target or NO_TARGET
+        K, entries = entry_numbers(target)
         beta = (problem.teacher or NO_TEACHER).beta
         return cls(
             student=student,
             teacher=teacher,
-            target=Target.of(target.ids, target.more, target.masses, target.smoothing),
+            target=target,
             keep=problem.keep,
             mixture=Mixture.of(beta),
             weights=Weights.of(problem.alpha),
-            transform=Transform.of(*problem.head.transform),
+            transform=Transform.of(problem.head.transform),
             divergence=divergence_of(beta),
             R=len(problem.hidden),
             V=len(problem.head.weight),
+            K=K,
+            entries=entries,
         )
 
     def numbers(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -117,7 +122,8 @@ def softmax(chunk: Chunk) -> tuple[Tensor, Tensor | None]:
         chunk.transform,
         chunk.R,
         chunk.V,
-        ENTRIES=target.lanes(),
+        chunk.K,
+        ENTRIES=chunk.entries,
         DEPTH=kernels.DEPTH_OF_ROW,
         **kernels.ROW_OPTIONS,
     )
@@ -145,13 +151,14 @@ def _entries(chunk: Chunk) -> Tensor | None:
     if target.more is None:
         return None
     z_more = torch.empty_like(target.more, dtype=torch.float32)
-    if target.K:
-        kernels.entries_kernel[(chunk.R, -(-target.K // together))](
+    if chunk.K:
+        kernels.entries_kernel[(chunk.R, -(-chunk.K // together))](
             z_more,
             target,
             chunk.student,
             chunk.transform,
             chunk.V,
+            chunk.K,
             ENTRIES=together,
             DEPTH=kernels.DEPTH_OF_ROW,
             **kernels.ROW_OPTIONS,
@@ -219,7 +226,7 @@ def gradient_(
             divergence=chunk.divergence,
             **tiles,
         )
-        if chunk.target.K:
+        if chunk.K:
             kernels.masses_kernel[(chunk.R,)](
                 strip,
                 statistics,
@@ -229,7 +236,8 @@ def gradient_(
                 chunk.transform,
                 chunk.R,
                 chunk.V,
-                ENTRIES=chunk.target.lanes(),
+                chunk.K,
+                ENTRIES=chunk.entries,
                 **kernels.ROW_OPTIONS,
             )
         kernels.accumulate_kernel[chunk.grid(product_tiles, D)](

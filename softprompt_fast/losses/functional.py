@@ -43,7 +43,7 @@ def linear_nll(
     checks.labels("targets", targets, hidden)
     own = LossOptions(**options)
     problem = _problem(hidden, weight, own, counted=targets)
-    problem = problem._replace(target=SparseTarget(targets, smoothing=label_smoothing))
+    problem = problem._replace(target=SparseTarget(targets, smoothing=label_smoothing or None))
     return _solved(problem, hidden, own)
 
 
@@ -101,7 +101,7 @@ def linear_distill(
     checks.labels("targets", targets, hidden)
     own = LossOptions(**options)
     problem = _problem(hidden, weight, own, counted=targets)
-    problem = problem._replace(target=SparseTarget(targets, smoothing=label_smoothing))
+    problem = problem._replace(target=SparseTarget(targets, smoothing=label_smoothing or None))
     head = (teacher_weight, teacher_bias)
     problem = _taught(problem, hidden, own, teacher, head, beta=beta, alpha=alpha)
     return _solved(problem, hidden, own)

@@ -196,7 +196,8 @@ def sparse_target(sketch: TeacherSketch, label: SparseTarget | None, alpha: floa
     if label is None or alpha == 1:
         return SparseTarget(first.squeeze(-1), more.contiguous(), masses, tail=tail)
     ids = label.ids.flatten().long().unsqueeze(-1)
-    mass = (1 - alpha) * (1 - label.smoothing)
+    smoothing = label.smoothing or 0.0
+    mass = (1 - alpha) * (1 - smoothing)
     is_more = more == ids
     listed = is_more.any(-1, keepdim=True) | (first == ids)
     own = torch.where(listed, 0.0, mass).to(masses)
@@ -204,6 +205,6 @@ def sparse_target(sketch: TeacherSketch, label: SparseTarget | None, alpha: floa
         first.squeeze(-1),
         torch.cat([more, ids], -1),
         torch.cat([masses[:, :1], masses[:, 1:] + mass * is_more, own], -1),
-        (1 - alpha) * label.smoothing,
+        (1 - alpha) * smoothing or None,
         tail,
     )

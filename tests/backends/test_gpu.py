@@ -318,7 +318,7 @@ def test_row_kernels_write_their_outputs_and_nothing_else(backend, dtype, vocabu
     views = logits[inner, columns], loss[inner], dz[inner, columns]
     kernels = row_kernels(backend)
     if beta is None:
-        kernels.sparse_target_rows_(views[0], targets, *views[1:], **options)
+        kernels.sparse_target_rows_(views[0], SparseTarget(targets), *views[1:], **options)
     else:
         of_teacher = teacher[inner, columns]
         kernels.divergence_rows_(views[0], of_teacher, *views[1:], beta=beta, **options)

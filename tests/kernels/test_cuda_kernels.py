@@ -465,7 +465,7 @@ def test_rows_beyond_two_to_the_31_entries(emulated, beta):
     loss = torch.full((count,), torch.nan)
     dz = buffer.view(torch.bfloat16)[:, :131]
     if beta is None:
-        emulated.sparse_target_rows_(logits, rows.targets, loss, dz)
+        emulated.sparse_target_rows_(logits, rows.target, loss, dz)
     else:
         emulated.divergence_rows_(logits, poisoned(rows.teacher, "cpu"), loss, dz, beta=beta)
     assert_same(loss, expected[0], dz, expected[1])

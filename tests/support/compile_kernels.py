@@ -111,7 +111,7 @@ def problems(vocabulary: int, plain: bool) -> Iterator[Problem]:
         target = teacher = None
         if targets:
             ids = empty(TOKENS, dtype=torch.int64)
-            target = SparseTarget(ids, smoothing=0.1 if every_option else 0.0)
+            target = SparseTarget(ids, smoothing=0.1 if every_option else None)
         if alpha > 0:
             own = head(dtype, every_option) if every_option else None
             teacher = HiddenTeacher(empty(TOKENS, WIDTH, dtype=dtype), own, beta)

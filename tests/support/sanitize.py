@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 import softprompt_fast as spf
+from softprompt_fast.backends.formulas import LogitTransform
+from softprompt_fast.backends.problem import SparseTarget
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -49,6 +51,8 @@ def row_kernels(kernels, vocabulary: int, dtype: torch.dtype, nll_only: bool) ->
     masses = torch.full((C, 41), 0.02, device=DEVICE)
     masses[:, 1 + min(40, vocabulary - 1) :] = 0.0  # no entry comes twice
 
+    label = SparseTarget(targets, smoothing=0.1)
+
     def in_place(logits: Tensor) -> Tensor:
         return logits.view(dtype)[:, :vocabulary]
 
@@ -57,17 +61,16 @@ def row_kernels(kernels, vocabulary: int, dtype: torch.dtype, nll_only: bool) ->
 
     for where in (in_place, apart):
         full = logits_of(vocabulary)
-        options = dict(keep=keep, bias=bias, softcap=5.0, label_smoothing=0.1, unscale=unscale)
-        kernels.sparse_target_rows_(full[:, :vocabulary], targets, loss, where(full), **options)
-        assert loss.isfinite().all()
-        full = logits_of(vocabulary)
-        several = dict(more_targets=more, masses=masses, **options)
-        kernels.sparse_target_rows_(full[:, :vocabulary], targets, loss, where(full), **several)
-        assert loss.isfinite().all()
-    kernels.sparse_target_rows_(logits_of(vocabulary)[:, :vocabulary], targets, loss, None)
+        options = dict(keep=keep, bias=bias, transform=LogitTransform(5.0), unscale=unscale)
+        for target in (label, SparseTarget(targets, more, masses, 0.1)):
+            full = logits_of(vocabulary)
+            kernels.sparse_target_rows_(full[:, :vocabulary], target, loss, where(full), **options)
+            assert loss.isfinite().all()
+    plain = SparseTarget(targets)
+    kernels.sparse_target_rows_(logits_of(vocabulary)[:, :vocabulary], plain, loss, None)
     for beta in () if nll_only else BETAS:
         full, teacher = logits_of(vocabulary), logits_of(vocabulary)[:, :vocabulary]
-        divergence = dict(options, targets=targets, teacher_bias=bias, beta=beta, alpha=0.4)
+        divergence = dict(options, target=label, teacher_bias=bias, beta=beta, alpha=0.4)
         kernels.divergence_rows_(full[:, :vocabulary], teacher, loss, in_place(full), **divergence)
         assert loss.isfinite().all()
         logits = logits_of(vocabulary)[:, :vocabulary]

@@ -14,6 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from softprompt_fast.backends.formulas import IDENTITY, LogitTransform
+from softprompt_fast.backends.problem import NO_TARGET, SparseTarget
+
 HERE = Path(__file__).parent
 KERNELS = HERE.parents[2] / "csrc" / "cuda"
 H200 = {"major": 9, "block_bytes": 232448, "multiprocessor_bytes": 233472}
@@ -129,9 +132,9 @@ class Emulator:
         return Plan(*numbers)
 
     def sparse_target_rows_(
-        self, logits: Tensor, targets: Tensor, loss: Tensor, dz: Tensor | None, **options: Any
+        self, logits: Tensor, target: SparseTarget, loss: Tensor, dz: Tensor | None, **options: Any
     ) -> None:
-        rows = self._rows(logits, loss, dz, targets=targets, **options)
+        rows = self._rows(logits, target, loss, dz, **options)
         self._launched(self.library.sparse_target_rows(ctypes.byref(rows)))
 
     def divergence_rows_(
@@ -141,10 +144,11 @@ class Emulator:
         loss: Tensor,
         dz: Tensor | None,
         *,
+        target: SparseTarget = NO_TARGET,
         teacher_bias: Tensor | None = None,
         **options: Any,
     ) -> None:
-        rows = self._rows(logits, loss, dz, **options)
+        rows = self._rows(logits, target, loss, dz, **options)
         rows.teacher = Logits(
             teacher_logits.data_ptr(), teacher_logits.stride(0), pointer(teacher_bias)
         )
@@ -153,21 +157,16 @@ class Emulator:
     def _rows(
         self,
         logits: Tensor,
+        target: SparseTarget,
         loss: Tensor,
         dz: Tensor | None,
         *,
-        targets: Tensor | None = None,
-        more_targets: Tensor | None = None,
-        masses: Tensor | None = None,
-        keep: Tensor | None = None,
-        bias: Tensor | None = None,
-        unscale: Tensor | None = None,
-        label_smoothing: float = 0.0,
-        alpha: float = 1.0,
         beta: float = 0.0,
-        softcap: float | None = None,
-        logit_scale: float = 1.0,
-        temperature: float = 1.0,
+        alpha: float = 1.0,
+        bias: Tensor | None = None,
+        transform: LogitTransform = IDENTITY,
+        keep: Tensor | None = None,
+        unscale: Tensor | None = None,
     ) -> Rows:
         count, vocabulary = logits.shape
         head = dz if dz is not None else bias
@@ -176,21 +175,21 @@ class Emulator:
             V=vocabulary,
             dtype=0 if head is None else DTYPES[head.dtype],
             student=Logits(logits.data_ptr(), logits.stride(0), pointer(bias)),
-            targets=pointer(targets),
-            more_targets=pointer(more_targets),
-            masses=pointer(masses),
-            K=0 if more_targets is None else more_targets.shape[1],
+            targets=pointer(target.ids),
+            more_targets=pointer(target.more),
+            masses=pointer(target.masses),
+            K=0 if target.more is None else target.more.shape[1],
             keep=pointer(keep),
             loss=pointer(loss),
             dz=pointer(dz),
             dz_stride=0 if dz is None else dz.stride(0),
             unscale=pointer(unscale),
-            label_smoothing=label_smoothing,
+            label_smoothing=target.smoothing or 0.0,
             alpha=alpha,
             beta=beta,
-            softcap=softcap or 0.0,
-            logit_scale=logit_scale,
-            temperature=temperature,
+            softcap=transform.softcap or 0.0,
+            logit_scale=transform.logit_scale,
+            temperature=transform.temperature,
         )
 
     def _launched(self, error: int) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from softprompt_fast.backends import cuda_rows
 from softprompt_fast.backends.formulas import LogitTransform
+from softprompt_fast.backends.problem import SparseTarget
 
 BETAS = (0.0, 0.3, 1.0)
 
@@ -33,6 +34,12 @@ class Rows:
     dtype: torch.dtype = torch.float32
     """of the head: bias and dz"""
     options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def target(self) -> SparseTarget:
+        get = self.options.get
+        smoothing = get("label_smoothing", 0.0) or None
+        return SparseTarget(self.targets, get("more_targets"), get("masses"), smoothing)
 
     @property
     def transform(self) -> LogitTransform:
@@ -126,10 +133,14 @@ def run(
     device = "cuda" if kernels is cuda_rows else "cpu"
     logits = poisoned(rows.logits, device)
     count, vocabulary = logits.shape
-    options = {
-        name: value.to(device) if isinstance(value, Tensor) else value
-        for name, value in rows.options.items()
-    }
+
+    def beside(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    target = SparseTarget(*map(beside, rows.target))
+    names = {"bias", "teacher_bias", "keep", "alpha", "beta"} & rows.options.keys()
+    options = {name: beside(rows.options[name]) for name in names}
+    options["transform"] = rows.transform
     loss = torch.full((count,), torch.nan, device=device)
     unscale = torch.full_like(loss, torch.nan) if lifted else None
     dz = None
@@ -137,13 +148,12 @@ def run(
         dz = logits._base.view(rows.dtype)[:count, :vocabulary]
     elif with_grad:
         dz = poisoned(torch.full(logits.shape, torch.nan, dtype=rows.dtype), device, dz_stride)
-    targets = None if rows.targets is None else rows.targets.to(device)
     if rows.teacher is None:
-        kernels.sparse_target_rows_(logits, targets, loss, dz, unscale=unscale, **options)
+        kernels.sparse_target_rows_(logits, target, loss, dz, unscale=unscale, **options)
     else:
         teacher = poisoned(rows.teacher, device)
         kernels.divergence_rows_(
-            logits, teacher, loss, dz, targets=targets, unscale=unscale, **options
+            logits, teacher, loss, dz, target=target, unscale=unscale, **options
         )
         assert_same(teacher.cpu(), rows.teacher)
     if not (with_grad and in_place):
