@@ -12,7 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..training.arguments import SoftPromptTrainingArguments
 from ..training.callbacks import StopOnSignal
-from ..utils.console import closest
+from ..utils.console import closest, launched_processes
 from ..utils.errors import OptionError
 from .command import Command, Invocation
 from .config_file import PATH_OPTIONS, config_arguments
@@ -35,6 +35,11 @@ def run_command(name: str, arguments: list[str], given: dict[str, Any]) -> int:
     argument = values.pop(command.argument.name) if command.argument else None
     if SoftPromptTrainingArguments in command.options:
         _finish_training_arguments(values)
+    elif (processes := launched_processes()) > 1:
+        raise OptionError(
+            f"{name} runs in one process, and WORLD_SIZE={processes} says that this is one of "
+            f"{processes}: start it without a launcher, or unset RANK and WORLD_SIZE"
+        )
     for several in command.several:
         if not isinstance(values[several], list):  # the default
             values[several] = [values[several]]
