@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import warnings
 from importlib import import_module
 from typing import Any, NoReturn
@@ -96,6 +97,7 @@ def _parse(
     config = first.parse_known_args(arguments)[0].config
     if config is not None:
         _check_not_empty("config", config)
+        config = os.path.expanduser(config)
         flags = {action.dest for action in parser._actions if action.option_strings}
         names = sorted(flags - {"help", "config"})
         arguments = config_arguments(config, names) + arguments
@@ -113,6 +115,8 @@ def _parse(
     given.update(values)
     for name in ("model", *PATH_OPTIONS):
         _check_not_empty(name, values.get(name))
+        if values.get(name) is not None:
+            values[name] = os.path.expanduser(values[name])  # a shell leaves --name=~ as it is
     for name in TEXT_OPTIONS:
         _check_utf8(name, values.get(name))
     return values, typed - {"config"}

@@ -572,6 +572,13 @@ def test_a_programming_error_asks_for_a_report():
     assert done.stderr.splitlines()[-1].endswith("/issues")
 
 
+def test_a_tilde_is_the_home_directory(run, finished_run, monkeypatch):
+    monkeypatch.setenv("HOME", str(finished_run.parent))
+    code, out, _err = run("generate", f"--prompt_dir=~/{finished_run.name}", "hello")
+    assert code == 0
+    assert out.strip()
+
+
 def test_a_missing_package_is_named(run, tmp_path, monkeypatch):
     def fail(*args, **options):
         raise ImportError("quantization requires bitsandbytes")

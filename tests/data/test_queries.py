@@ -179,13 +179,38 @@ def test_a_forgotten_context_is_refused(context):
     assert make_tokenizer().decode(example.query.context) == "Open at 10."
 
 
+class ByCode(PreTrainedTokenizerFast):
+    """A tokenizer that renders chats by code, as the backend of mistral-common does."""
+
+    joint = ""
+
+    def apply_chat_template(self, conversation, tokenize=True, **options):
+        text = "".join(f"<|start|>{m['role']}\n{m['content']}<|end|>\n" for m in conversation)
+        text += ASSISTANT
+        return self(text + self.joint, add_special_tokens=False) if tokenize else text
+
+
+def test_a_tokenizer_is_asked_what_it_can_do():
+    plain = with_template()
+    by_code = ByCode(tokenizer_object=plain.backend_tokenizer)
+    assert by_code.chat_template is None
+    query = tokenize_query(by_code, [USER], "Open at 10.")
+    assert by_code.decode(teacher_ids(query)).endswith(ASSISTANT)
+    assert "<|start|>system" in by_code.decode(query.before)
+    by_code.joint = "x"
+    with pytest.raises(ValueError, match="ByCode renders chats by code of its own, and their text"):
+        tokenize_query(by_code, [USER], "Open at 10.")
+
+
 @pytest.mark.parametrize(
     ("template", "message"),
     [
         ({"start": "{{ messages[0]['content'] }}"}, "exactly once"),
-        ({"start": "{{ raise_exception('never') }}"}, r"roles: user\)"),
+        ({"start": "{{ raise_exception('never') }}"}, r"roles: user\).* TemplateError: never$"),
+        ({"start": "{{ messages + 1 }}"}, r" It says: TypeError: can only concatenate list"),
+        ({"start": "{{ messages[7].content }}"}, r" It says: UndefinedError: "),
     ],
-    ids=["twice", "refused"],
+    ids=["twice", "refused", "mistaken", "undefined"],
 )
 def test_a_template_without_a_place_for_the_context_is_named(template, message):
     with pytest.raises(ValueError, match=rf"data\.jsonl:7: the chat template .*{message}"):
