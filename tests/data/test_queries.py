@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from toy import CHAT_TEMPLATE, SPECIAL_TOKENS, make_model, make_tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from softprompt_fast.base_model.decoding import end_ids
 from softprompt_fast.data.queries import (
     cut_context,
     student_layout,
@@ -166,6 +167,48 @@ def test_an_answer_of_the_data_ends_with_the_end_token():
     # The model may end its answers otherwise than its tokenizer says.
     assert tokenizer.decode(tokenize_answer(tokenizer, "At 10.", [bos])) == "At 10.<|bos|>"
     assert tokenizer.decode(tokenize_answer(tokenizer, "At 10.", [])) == "At 10."
+
+
+@pytest.mark.parametrize(
+    ("turn", "answer"),
+    [
+        ("{{ content }}<|start|>", "At 10.<|start|>"),
+        ("{{ content }}<|start|><|end|>\n", "At 10.<|start|>"),
+        ("{{ content }}\n", "At 10.<|end|>"),
+        ("hm? {{ content | trim }}<|end|>", "hm? At 10.<|end|>"),
+        ("{{ content }}", "At 10.<|end|>"),
+        ("{{ raise_exception('no') }}", "At 10.<|end|>"),
+    ],
+    ids=str,
+)
+def test_an_answer_is_what_the_template_makes_of_a_turn(turn, answer):
+    tokenizer = with_template()
+    tokenizer.chat_template = (
+        "{% for message in messages %}{% set content = message['content'] %}"
+        "{% if message['role'] == 'assistant' %}<|start|>assistant\n" + turn + "{% else %}"
+        "<|start|>{{ message['role'] }}\n{{ content }}<|end|>\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+    )
+    model = make_model()
+    model.generation_config.eos_token_id = None
+    ends = end_ids(model, tokenizer)
+    assert tokenizer.eos_token_id in ends
+    ids = tokenize_answer(tokenizer, "At 10.", ends)
+    assert ids[-1] in ends
+    assert tokenizer.decode(ids) == answer
+
+
+@pytest.mark.parametrize("style", ["prepend", "first", "always", "never"])
+def test_an_answer_joins_what_stands_before_it(style):
+    tokenizer = make_sentencepiece_tokenizer(style)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    whole = tokenizer.apply_chat_template(
+        [USER, {"role": "assistant", "content": "Only 10."}], tokenize=False
+    )
+    asked = tokenize_query(tokenizer, [USER], "").plain
+    ids = tokenize_answer(tokenizer, "Only 10.", [tokenizer.eos_token_id])
+    together = tokenizer(whole, add_special_tokens=False)["input_ids"]
+    assert asked + ids == together[: len(asked + ids)]
 
 
 @pytest.mark.parametrize("context", [None, "", " \n"], ids=["none", "empty", "blank"])
