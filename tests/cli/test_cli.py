@@ -8,6 +8,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -570,6 +571,17 @@ def test_a_programming_error_asks_for_a_report():
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert "ZeroDivisionError" in done.stderr
     assert done.stderr.splitlines()[-1].endswith("/issues")
+
+
+def test_another_chat_template_is_refused(run, finished_run, tmp_path):
+    inputs = json.loads((finished_run / "run.json").read_text())["inputs"]
+    model = tmp_path / "model"
+    shutil.copytree(inputs["model"], model)
+    template = next(model.glob("chat_template.jinja"))
+    command = ("generate", "--prompt_dir", finished_run, "--model", model, "hello")
+    assert run(*command)[0] == 0
+    template.write_text(template.read_text().replace("assistant", "helper"))
+    assert error_of(run(*command)).startswith("The soft prompt was trained with another chat temp")
 
 
 def test_a_tilde_is_the_home_directory(run, finished_run, monkeypatch):
