@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..base_model.fingerprint import base_facts, differences, tokenizer_facts
-from ..base_model.output_head import input_embedding
+from ..base_model.output_head import check_ids, input_embedding
 from ..data.queries import PLACEMENTS, Placement
 from ..utils.console import progress
 from ..utils.files import read_json, refuse_pickle, write_bytes, write_json
@@ -207,6 +207,7 @@ def _initial(
             f"prompt_tuning_init={config.prompt_tuning_init!r} needs a text of at least one token: "
             f"got {text!r}."
         )
+    check_ids(model, ids, f"prompt_tuning_init={config.prompt_tuning_init!r}")
     repeated = (ids * (P // len(ids) + 1))[:P]
     return embed(torch.tensor(repeated, device=embed.weight.device))
 
