@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from ..data.queries import turn_end
 from .output_head import input_embedding
 
 
@@ -66,14 +67,15 @@ def write(
 
 
 def end_ids(model: Any, tokenizer: Any) -> list[int]:
-    """The token ids at which the model ends its answer."""
-    config = getattr(model, "generation_config", None)
-    ids = config.eos_token_id if config is not None else None
-    if ids is None:
-        ids = tokenizer.eos_token_id
-    if ids is None:
-        return []
-    return list(ids) if isinstance(ids, (list, tuple)) else [ids]
+    """The token ids at which the model ends its answer: whoever names one is believed.
+
+    In the order of generation config, config, tokenizer and chat template.
+    """
+    configs = (getattr(model, name, None) for name in ("generation_config", "config"))
+    named = [getattr(config, "eos_token_id", None) for config in configs]
+    named += [tokenizer.eos_token_id, turn_end(tokenizer)]
+    ids = (ids if isinstance(ids, (list, tuple)) else [ids] for ids in named)
+    return list(dict.fromkeys(one for several in ids for one in several if one is not None))
 
 
 def in_batches(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from typing import Any
 
@@ -34,6 +36,27 @@ def base_facts(model: PreTrainedModel) -> dict[str, Any]:
             for name, value in sampled
         },
     }
+
+
+def tokenizer_facts(tokenizer: Any) -> dict[str, str]:
+    """Digests of what makes token ids of a text, and the text of a chat."""
+    return {
+        "tokenizer": _tokenizer_sha256(tokenizer),
+        "chat_template": sha256_of_json(getattr(tokenizer, "chat_template", None)),
+    }
+
+
+def _tokenizer_sha256(tokenizer: Any) -> str:
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        return sha256_of_json([type(tokenizer).__name__, tokenizer.get_vocab()])
+    core = json.loads(tokenizer.backend_tokenizer.to_str())
+    # How the last call of the tokenizer cut and padded.
+    core["truncation"] = core["padding"] = None
+    return sha256_of_json(core)
+
+
+def sha256_of_json(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def differences(prompt: dict[str, Any], model: dict[str, Any]) -> list[str]:

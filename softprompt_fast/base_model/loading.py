@@ -17,6 +17,8 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from ..data.queries import has_chat_template
+from ..utils.console import progress
 from ..utils.errors import is_out_of_memory
 from .fsdp import shard_base
 
@@ -94,6 +96,8 @@ def load_model(
         if tokenizer.eos_token_id is None:
             raise ValueError(f"the tokenizer of {name!r} has neither a pad token nor an eos token")
         tokenizer.pad_token = tokenizer.eos_token
+    if not has_chat_template(tokenizer):
+        progress(f"Note: {name} has no chat template: queries are read as plain text")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if dtype == "auto" and not is_native(model.dtype, device):
         model = model.float()

@@ -6,6 +6,7 @@ The one place that reads these facts from a model and its config. The losses get
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -80,6 +81,17 @@ def decoder(model: PreTrainedModel) -> nn.Module:
 def input_embedding(model: PreTrainedModel) -> nn.Embedding:
     """The layer from token ids to what ``inputs_embeds`` takes; its ``weight`` is [V, D]."""
     return cast(nn.Embedding, model.get_input_embeddings())
+
+
+def check_ids(model: PreTrainedModel, ids: Iterable[int], source: str) -> None:
+    """Raises ValueError if a token has no embedding: one that was added to the tokenizer alone."""
+    largest, rows = max(ids, default=0), input_embedding(model).weight.shape[0]
+    if largest >= rows:
+        raise ValueError(
+            f"{source or 'a query'}: token {largest} has no embedding, the model has {rows}. Its "
+            "tokenizer was given more tokens: resize the model's embeddings, or keep the text and "
+            "the chat template free of them."
+        )
 
 
 def position_limit(model: PreTrainedModel) -> int | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from types import TracebackType
 
 COMMANDS = {
     "synthesize": "have the model write queries about a context, and answer them",
@@ -27,6 +28,8 @@ USAGE = f"""usage: softprompt-fast COMMAND [--flags] [--config FILE.yaml]
 softprompt-fast COMMAND --help lists the flags. A config file holds the same names as the flags,
 one "name: value" a line; flags win over it, and its relative paths start at its own directory.
 """
+
+ISSUES = "https://github.com/softprompt-fast/softprompt_fast/issues"
 
 # What takes memory, largest lever first.
 MEMORY_OPTIONS = (
@@ -47,8 +50,15 @@ def main(arguments: list[str] | None = None) -> int:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, _leave)
         arguments = sys.argv[1:]
+        sys.excepthook = _report
 
     import io
+
+    if sys.stderr is None:  # closed by the shell: 2>&-
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    if sys.stdout is None:
+        _complain("standard output is closed, so that results would be lost; try > /dev/null")
+        return 1
 
     from ..utils.errors import OptionError, is_out_of_memory
 
@@ -80,6 +90,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, FloatingPointError) as error:
         _complain(str(error))
         return 1
+    except ImportError as error:
+        _complain(f"a package is missing or too old: {error}")
+        return 1
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -94,6 +107,13 @@ def _leave(number: int, frame: object) -> None:
     has the signals.
     """
     os._exit(128 + number)
+
+
+def _report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """What no message was written for: a mistake of ours, or of a package under us."""
+    sys.__excepthook__(kind, error, trace)
+    if issubclass(kind, Exception):
+        _complain(f"this should not have happened. Please report the lines above: {ISSUES}")
 
 
 def _complain(text: str) -> None:

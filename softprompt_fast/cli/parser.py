@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import warnings
 from importlib import import_module
 from typing import Any, NoReturn
@@ -12,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..training.arguments import SoftPromptTrainingArguments
 from ..training.callbacks import StopOnSignal
-from ..utils.console import closest
+from ..utils.console import closest, launched_processes
 from ..utils.errors import OptionError
 from .command import Command, Invocation
 from .config_file import PATH_OPTIONS, config_arguments
@@ -35,6 +36,11 @@ def run_command(name: str, arguments: list[str], given: dict[str, Any]) -> int:
     argument = values.pop(command.argument.name) if command.argument else None
     if SoftPromptTrainingArguments in command.options:
         _finish_training_arguments(values)
+    elif (processes := launched_processes()) > 1:
+        raise OptionError(
+            f"{name} runs in one process, and WORLD_SIZE={processes} says that this is one of "
+            f"{processes}: start it without a launcher, or unset RANK and WORLD_SIZE"
+        )
     for several in command.several:
         if not isinstance(values[several], list):  # the default
             values[several] = [values[several]]
@@ -91,6 +97,7 @@ def _parse(
     config = first.parse_known_args(arguments)[0].config
     if config is not None:
         _check_not_empty("config", config)
+        config = os.path.expanduser(config)
         flags = {action.dest for action in parser._actions if action.option_strings}
         names = sorted(flags - {"help", "config"})
         arguments = config_arguments(config, names) + arguments
@@ -108,6 +115,8 @@ def _parse(
     given.update(values)
     for name in ("model", *PATH_OPTIONS):
         _check_not_empty(name, values.get(name))
+        if values.get(name) is not None:
+            values[name] = os.path.expanduser(values[name])  # a shell leaves --name=~ as it is
     for name in TEXT_OPTIONS:
         _check_utf8(name, values.get(name))
     return values, typed - {"config"}

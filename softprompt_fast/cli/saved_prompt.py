@@ -61,6 +61,7 @@ def load_prompt(options: PromptOptions, inputs: dict[str, Any]) -> tuple[Any, An
         name, dtype=inputs["dtype"] or "auto", trust_remote_code=options.trust_remote_code
     )
     prompt.check_base(model)
+    prompt.check_tokenizer(tokenizer)
     return model, tokenizer, prompt
 
 

@@ -18,11 +18,18 @@ from typing import Any, Literal, get_args
 
 from jinja2.exceptions import TemplateError
 
+from ..utils.text import shortened
+
 Placement = Literal["system", "prefix"]
 PLACEMENTS: tuple[str, ...] = get_args(Placement)
 
 # Stands in for the context while a template is rendered: plain letters, which none changes.
 SLOT = "SoftPromptFastContextSlot"
+ANSWER_SLOT = "SoftPromptFastAnswerSlot"
+_ASKED = {"role": "user", "content": SLOT}
+# What a template's own statements raise, and what it may do to the values of a query.
+TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, RuntimeError)
+REASON_CHARACTERS = 200
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -85,7 +92,7 @@ def render_query(
 
     Raises ValueError if the template shows the slot not exactly once, or as its very end.
     """
-    if getattr(tokenizer, "chat_template", None):
+    if has_chat_template(tokenizer):
         return _render_chat(tokenizer, list(messages), source)
     prompt = "\n".join(message["content"] for message in messages)
     bos = tokenizer.bos_token or ""
@@ -94,18 +101,76 @@ def render_query(
 
 def slot_is_system_message(tokenizer: Any, messages: Sequence[dict[str, str]]) -> bool:
     """Whether the slot is the whole of a system message, which the chat template accepts."""
-    if not getattr(tokenizer, "chat_template", None) or messages[0]["role"] == "system":
+    if not has_chat_template(tokenizer) or messages[0]["role"] == "system":
         return False
-    return SLOT in (_render(tokenizer, _slot_in_system(list(messages))) or "")
+    return SLOT in (_render(tokenizer, _slot_in_system(list(messages)), []) or "")
+
+
+def has_chat_template(tokenizer: Any) -> bool:
+    """Whether the tokenizer can render a chat: by a template, or by code of its own.
+
+    Raises ValueError where the text that the code renders gives other tokens than the code itself.
+    """
+    if getattr(tokenizer, "chat_template", None):
+        return True
+    chat = [_ASKED]
+    try:
+        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    except (AttributeError, ValueError):  # transformers says so where there is no template
+        return False
+    encoded = tokenizer.apply_chat_template(chat, tokenize=True, add_generation_prompt=True)
+    ids = encoded if isinstance(encoded, list) else encoded["input_ids"]
+    if text_ids(tokenizer, text) != list(ids):
+        raise ValueError(
+            f"{type(tokenizer).__name__} renders chats by code of its own, and their text gives "
+            "other tokens than that code: a context cannot be placed in them. Put the model's chat "
+            "template beside its weights, as chat_template.jinja."
+        )
+    return True
 
 
 def tokenize_answer(tokenizer: Any, completion: str, end_ids: Sequence[int]) -> list[int]:
-    """Token ids of an answer that the data gives, closed as the model closes its own.
+    """Token ids of an answer that the data gives, as the chat template makes an assistant's turn.
 
-    end_ids: the tokens at which the model stops; the tokenizer's end of sequence goes first.
+    The turn's own end closes it; where the template has none, the tokenizer's end of sequence if it
+    is one of ``end_ids``, at which the model stops, else the first of these.
     """
-    ends = [tokenizer.eos_token_id] if tokenizer.eos_token_id in end_ids else list(end_ids[:1])
-    return text_ids(tokenizer, completion) + ends
+    ends = [turn_end(tokenizer), tokenizer.eos_token_id]
+    closing = [end for end in ends if end in end_ids][:1] or list(end_ids[:1])
+    if not has_chat_template(tokenizer):
+        return _ids_behind_text(tokenizer, f"{SLOT}\n", completion) + closing
+    lead, close = _around_answer(tokenizer, ANSWER_SLOT)
+    turn = _render_turn(tokenizer, completion)
+    if turn is not None and turn.startswith(lead) and close and turn.endswith(close):
+        # what the template trims, and what it puts before an answer
+        completion = turn[len(lead) : -len(close)]
+    return _ids_behind_text(tokenizer, lead, completion) + closing
+
+
+def turn_end(tokenizer: Any) -> int | None:
+    """The special token that the chat template puts behind an answer, if it does."""
+    if not has_chat_template(tokenizer):
+        return None
+    _, close = _around_answer(tokenizer, ANSWER_SLOT)
+    first = text_ids(tokenizer, close)[:1]
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return first[0] if first and first[0] in {*tokenizer.all_special_ids, *added} else None
+
+
+def _around_answer(tokenizer: Any, answer: str) -> tuple[str, str]:
+    """What the template writes before an answer to be written, and after one that is written."""
+    lead = _render(tokenizer, [_ASKED], []) or ""
+    _, _, close = (_render_turn(tokenizer, answer) or "").partition(answer)
+    return lead, close
+
+
+def _render_turn(tokenizer: Any, answer: str) -> str | None:
+    chat = [_ASKED, {"role": "assistant", "content": answer}]
+    return _render(tokenizer, chat, [], add_generation_prompt=False)
+
+
+def _ids_behind_text(tokenizer: Any, lead: str, text: str) -> list[int]:
+    return _ids_behind(tokenizer, lead, text_ids(tokenizer, lead), text)
 
 
 def teacher_ids(query: Query) -> list[int]:
@@ -134,16 +199,18 @@ def student_layout(query: Query, placement: str) -> tuple[list[int], list[int]]:
 def _render_chat(
     tokenizer: Any, messages: list[dict[str, str]], source: str
 ) -> tuple[str, str, str]:
-    with_slot = _render(tokenizer, _slot_in_system(messages))
+    reasons: list[str] = []
+    with_slot = _render(tokenizer, _slot_in_system(messages), reasons)
     if with_slot is None or SLOT not in with_slot:
         messages = _without_system_role(messages)
-        with_slot = _render(tokenizer, _opening_first_user(messages, SLOT))
-    plain = _render(tokenizer, messages)
+        with_slot = _render(tokenizer, _opening_first_user(messages, SLOT), reasons)
+    plain = _render(tokenizer, messages, reasons)
     if with_slot is None or plain is None or with_slot.count(SLOT) != 1:
         raise ValueError(
             f"{source or 'query'}: the chat template cannot place a context before these messages "
             f"(roles: {', '.join(message['role'] for message in messages)}). "
             "It must accept them, and show a system or a first user message exactly once."
+            + "".join(f" It says: {reason}" for reason in dict.fromkeys(reasons))
         )
     before, after = with_slot.split(SLOT)
     if not after:
@@ -154,11 +221,20 @@ def _render_chat(
     return before, after, plain
 
 
-def _render(tokenizer: Any, messages: list[dict[str, str]]) -> str | None:
-    """The rendered chat, or None where the template refuses the messages."""
+def _render(
+    tokenizer: Any,
+    messages: list[dict[str, str]],
+    reasons: list[str],
+    *,
+    add_generation_prompt: bool = True,
+) -> str | None:
+    """The rendered chat, or None where the template refuses the messages, with its reason."""
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except TemplateError:
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except TEMPLATE_ERRORS as error:
+        reasons.append(shortened(f"{type(error).__name__}: {error}", REASON_CHARACTERS))
         return None
 
 

@@ -6,34 +6,32 @@ One JSON object a line, in UTF-8::
     {"messages": [{"role": "user", "content": "Hi"}], "completion": "Hello", "context": "Be brief"}
 
 ``prompt`` (or its alias ``messages``) is a string or a list of messages; a closing assistant
-message is the completion. ``completion`` and ``context`` are optional. Blank lines are skipped,
-fields of other names are ignored unless they look like a misspelling of one of these.
+message is the completion. ``completion`` and ``context`` are optional. Blank lines are skipped.
+For fields of other names see ``dialects.py``.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from ..utils.console import progress
 from ..utils.files import decode_utf8, read_utf8
-from ..utils.text import shortened
+from .dialects import PASSED_ON, kind, quoted, standard, text_of_parts
 
 MAX_LINE_BYTES = 10 * 2**20
-FIELDS = ("prompt", "messages", "completion", "context")
-QUOTED_CHARACTERS = 200
 ROLES = ("system", "user", "assistant", "tool", "developer")
-# Ours or a plain word: a name this close to one of ours is a misspelling of it.
-KNOWN, CLOSE = (*FIELDS, "content"), 0.85
 
 
 @dataclass(kw_only=True, frozen=True)
 class Record:
     messages: list[dict]
-    """The conversation up to the answer, as ``{"role": ..., "content": ...}``."""
+    """The conversation up to the answer, as ``{"role": ..., "content": ...}``; with tool calls
+    where it has some."""
     completion: str | None
     """The answer, or None where the teacher is to give it."""
     context: str | None
@@ -48,16 +46,24 @@ def read_jsonl(path, digest: Any = None) -> list[Record]:
     digest: a ``hashlib`` object, fed with what is read. To open the file once more may find another
     content, or none: ``<(command)`` is a pipe.
 
+    Fields that say nothing about the answer are left out; how many lines have them is told once.
+
     Raises ValueError that starts with ``file:line:`` (and the column, where the JSON is bad) and
     names the field; ValueError if the file holds no records; OSError if it cannot be read.
     """
     records = []
+    left_out: Counter[str] = Counter()
     for number, line in _lines(path, digest):
         if line.strip():
             source = f"{path}:{number}"
-            records.append(_record(_json_object(line, source), source))
+            value, ignored = standard(_json_object(line, source), source)
+            records.append(_record(value, ignored, source))
+            left_out.update(ignored)
     if not records:
         raise ValueError(f"{path}: no records. Write one JSON object a line, with a field 'prompt'")
+    if left_out:
+        found = ", ".join(f"{quoted(name)} ({count})" for name, count in left_out.most_common(8))
+        progress(f"Note: {path}: fields that are not read, and how many lines have them: {found}")
     return records
 
 
@@ -100,7 +106,7 @@ def _json_object(line: str, source: str) -> dict:
     except ValueError as error:  # a duplicate field, or a number too long to convert
         raise ValueError(f"{source}: {error}") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{source}: expected a JSON object, got {_kind(value)}")
+        raise ValueError(f"{source}: expected a JSON object, got {kind(value)}")
     return value
 
 
@@ -108,7 +114,7 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> dict:
     result: dict = {}
     for key, value in pairs:
         if key in result:
-            raise ValueError(f"field {_quoted(key)} appears twice")
+            raise ValueError(f"field {quoted(key)} appears twice")
         result[key] = value
     return result
 
@@ -119,14 +125,10 @@ def _outside_strings(word: str, line: str) -> int:
     return next(match.start() for match in found if match[0] == word)
 
 
-def _record(value: dict, source: str) -> Record:
-    for key in value:
-        close = difflib.get_close_matches(key.lower(), FIELDS, n=1, cutoff=CLOSE)
-        if key not in KNOWN and close:
-            raise ValueError(f"{source}: unknown field {_quoted(key)}; did you mean {close[0]!r}?")
+def _record(value: dict, ignored: list[str], source: str) -> Record:
     if ("prompt" in value) == ("messages" in value):
         problem = "both" if "prompt" in value else "neither"
-        found = ", ".join(map(_quoted, value)) or "no fields"
+        found = ", ".join(map(quoted, [*value, *ignored])) or "no fields"
         raise ValueError(f"{source}: give 'prompt' or 'messages'; the line has {problem} ({found})")
     field = "prompt" if "prompt" in value else "messages"
     messages = _messages(value[field], field, source)
@@ -138,6 +140,10 @@ def _record(value: dict, source: str) -> Record:
                 "too; keep one of them"
             )
         completion = [messages.pop()]
+        if "tool_calls" in completion[0]:
+            raise ValueError(
+                f"{source}: {field!r} ends with tool calls, and an answer must be text"
+            )
     if not any(message["role"] == "user" for message in messages):
         raise ValueError(f"{source}: {field!r} has no user message")
     return Record(
@@ -152,20 +158,27 @@ def _messages(value, field: str, source: str) -> list[dict]:
     if isinstance(value, str):
         return [{"role": "user", "content": _text({field: value}, field, source)}]
     if not isinstance(value, list) or not value:
-        got = "an empty list" if value == [] else _kind(value)
+        got = "an empty list" if value == [] else kind(value)
         raise ValueError(f"{source}: {field!r} must be a string or a list of messages, got {got}")
     messages = []
     for index, message in enumerate(value):
         where = f"{field}[{index}]"
         if not isinstance(message, dict):
-            raise ValueError(f"{source}: {where!r} must be an object, got {_kind(message)}")
+            raise ValueError(f"{source}: {where!r} must be an object, got {kind(message)}")
         role = message.get("role")
         if role not in ROLES:
             raise ValueError(
-                f"{source}: '{where}.role' must be one of {', '.join(ROLES)}; got {_quoted(role)}"
+                f"{source}: '{where}.role' must be one of {', '.join(ROLES)}; got {quoted(role)}"
             )
-        content = _text({f"{where}.content": message.get("content")}, f"{where}.content", source)
-        messages.append({"role": role, "content": content})
+        beside = {name: message[name] for name in PASSED_ON if message.get(name) is not None}
+        content = message.get("content")
+        if isinstance(content, list) and content:
+            content = text_of_parts(content, f"{where}.content", source)
+        if content is None and "tool_calls" in beside:
+            content = ""
+        else:
+            content = _text({f"{where}.content": content}, f"{where}.content", source)
+        messages.append({"role": role, "content": content, **beside})
     return messages
 
 
@@ -181,7 +194,7 @@ def _completion(value, source: str) -> str:
 def _text(value: dict, field: str, source: str) -> str:
     text = value[field]
     if not isinstance(text, str):
-        raise ValueError(f"{source}: {field!r} must be a string, got {_kind(text)}")
+        raise ValueError(f"{source}: {field!r} must be a string, got {kind(text)}")
     if not text.strip():
         hint = "; leave it out to have the model answer" if field == "completion" else ""
         raise ValueError(f"{source}: {field!r} is empty{hint}")
@@ -192,13 +205,3 @@ def _text(value: dict, field: str, source: str) -> str:
             f"{source}: {field!r} has half of a surrogate pair at character {error.start}"
         ) from None
     return text
-
-
-def _quoted(value) -> str:
-    return shortened(repr(value), QUOTED_CHARACTERS)
-
-
-def _kind(value) -> str:
-    """The JSON name of a value's type."""
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
-    return names.get(type(value), "null" if value is None else "a number")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from ..base_model.activation_checkpointing import check_checkpointing, set_check
 from ..base_model.output_head import (
     OutputHead,
     check_head,
+    check_ids,
     hidden_states,
     input_embedding,
     position_limit,
@@ -62,10 +64,13 @@ class SoftPromptModel(nn.Module):
         self.train(self.training)
 
     def check_length(self, query: Query, answer_tokens: int) -> None:
-        """Raises ValueError if prompt, query and answer do not fit into the base's positions."""
+        """Raises ValueError if prompt, query and answer do not fit into the base's positions, or if
+        a token of the query has no embedding."""
+        parts = student_layout(query, self.prompt.config.placement)
+        check_ids(self.base, chain(*parts), query.source)
         limit = position_limit(self.base)
         P = self.prompt.config.num_virtual_tokens
-        asked = sum(map(len, student_layout(query, self.prompt.config.placement)))
+        asked = sum(map(len, parts))
         if limit is not None and P + asked + answer_tokens > limit:
             raise ValueError(
                 f"{query.source or 'a query'}: {P} virtual tokens, the query's {asked} and the "

@@ -18,9 +18,10 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..base_model.fingerprint import base_facts, differences
-from ..base_model.output_head import input_embedding
+from ..base_model.fingerprint import base_facts, differences, tokenizer_facts
+from ..base_model.output_head import check_ids, input_embedding
 from ..data.queries import PLACEMENTS, Placement
+from ..utils.console import progress
 from ..utils.files import read_json, refuse_pickle, write_bytes, write_json
 
 PromptInit = Literal["context", "text", "vocab", "random"]
@@ -99,9 +100,13 @@ class SoftPrompt(nn.Module):
     ) -> SoftPrompt:
         """A new prompt for ``model``, initialised as ``config`` says.
 
+        tokenizer: None where the initialisation needs no text; then the prompt does not know it.
+
         Raises ValueError if the initialisation needs a text that is missing or has no token.
         """
-        return cls(_initial(model, tokenizer, config, context), config, base_facts(model))
+        own = {} if tokenizer is None else tokenizer_facts(tokenizer)
+        base = base_facts(model) | own
+        return cls(_initial(model, tokenizer, config, context), config, base)
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write the three files; each is replaced as a whole or not at all.
@@ -148,6 +153,22 @@ class SoftPrompt(nn.Module):
                 f"({self.base.get('name_or_path')!r}): {'; '.join(differing)}."
             )
 
+    def check_tokenizer(self, tokenizer: Any) -> None:
+        """Raises ValueError if chats are rendered otherwise than when the prompt was made; says it
+        where the tokenizer, or only the library that writes it down, is another one."""
+        changed = [
+            name
+            for name, digest in tokenizer_facts(tokenizer).items()
+            if self.base.get(name, digest) != digest
+        ]
+        if "chat_template" in changed:
+            raise ValueError(
+                "The soft prompt was trained with another chat template than the model has now, "
+                "and would stand in other text. Restore the template, or train anew."
+            )
+        if changed:
+            progress("Note: the tokenizer is not the one that the soft prompt was trained with")
+
     def peft_config(self) -> dict[str, Any]:
         """What PEFT reads as adapter_config.json."""
         return {
@@ -186,6 +207,7 @@ def _initial(
             f"prompt_tuning_init={config.prompt_tuning_init!r} needs a text of at least one token: "
             f"got {text!r}."
         )
+    check_ids(model, ids, f"prompt_tuning_init={config.prompt_tuning_init!r}")
     repeated = (ids * (P // len(ids) + 1))[:P]
     return embed(torch.tensor(repeated, device=embed.weight.device))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from array import array
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -14,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..base_model.decoding import PLAIN
+from ..base_model.fingerprint import sha256_of_json, tokenizer_facts
 from ..base_model.fsdp import whole
 from ..base_model.output_head import OutputHead
 from ..data.queries import Query
@@ -42,13 +42,12 @@ def teacher_facts(
     return {
         "format_version": FORMAT_VERSION,
         "weights": weights_sha256(model),
-        "config": _sha256_of_json(
+        "config": sha256_of_json(
             {k: v for k, v in model.config.to_diff_dict().items() if k not in NOT_OF_THE_MODEL}
         ),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "tokenizer": _tokenizer_sha256(tokenizer),
-        "chat_template": _sha256_of_json(getattr(tokenizer, "chat_template", None)),
-        "context": None if context is None else _sha256_of_json(context),
+        **tokenizer_facts(tokenizer),
+        "context": None if context is None else sha256_of_json(context),
         "end_ids": list(teacher.end_ids),
         "max_new_tokens": teacher.max_new_tokens,
         "do_sample": teacher.do_sample,
@@ -86,16 +85,3 @@ def queries_sha256(queries: Sequence[Query], given: Sequence[list[int] | None]) 
             # The length first, so that no two lists run together; none given is no list at all.
             digest.update(array("q", [-1] if ids is None else [len(ids), *ids]).tobytes())
     return digest.hexdigest()
-
-
-def _tokenizer_sha256(tokenizer: Any) -> str:
-    if not hasattr(tokenizer, "backend_tokenizer"):
-        return _sha256_of_json([type(tokenizer).__name__, tokenizer.get_vocab()])
-    core = json.loads(tokenizer.backend_tokenizer.to_str())
-    # How the last call of the tokenizer cut and padded.
-    core["truncation"] = core["padding"] = None
-    return _sha256_of_json(core)
-
-
-def _sha256_of_json(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..base_model.decoding import PLAIN, Sampling, end_ids, in_batches, write
-from ..base_model.output_head import OutputHead, hidden_states, position_limit
+from ..base_model.output_head import OutputHead, check_ids, hidden_states, position_limit
 from ..base_model.prefix_cache import Prefix
 from ..data.queries import Query, teacher_ids
 from .answers import Answer, SketchOptions, keep_sketches, keep_states
@@ -98,6 +99,7 @@ class Teacher:
         given = list(answers) if answers is not None else [None] * len(queries)
         for query, ids in zip(queries, given, strict=True):
             self._check_length(query, ids)
+            check_ids(self.model, chain(teacher_ids(query), ids or ()), query.source)
         head = OutputHead.from_model(self.model)
         if sketch is not None and head.softcap is not None:
             raise ValueError(

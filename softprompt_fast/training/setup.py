@@ -124,8 +124,8 @@ def prepare(
     cache = None if options.teacher_cache is None else TeacherCache(options.teacher_cache)
     model, tokenizer = load(options, args)
     prompt = SoftPrompt.from_model(model, tokenizer, config, data.first_context)
-    lessons = teach(model, tokenizer, options, args, data, cache)
-    return SoftPromptModel(model, prompt), lessons
+    student = SoftPromptModel(model, prompt)  # what it checks comes before the teacher's work
+    return student, teach(model, tokenizer, options, args, data, cache)
 
 
 def load(options: TrainOptions, args: SoftPromptTrainingArguments) -> tuple[PreTrainedModel, Any]:

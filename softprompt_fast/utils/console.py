@@ -57,9 +57,15 @@ def complain(text: str) -> None:
     _print(Console(stderr=True), f"error: {shortened(text, MESSAGE_CHARACTERS)}")
 
 
+def launched_processes() -> int:
+    """How many processes torchrun or accelerate started; 1 without them."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    return int(count) if count.isdecimal() else 1
+
+
 def _speaks_for_all() -> bool:
-    """Of several processes, the first one does; torchrun and accelerate number them so."""
-    return os.environ.get("RANK", "0") == "0"
+    """Of several processes, the first one does. A RANK alone was left over from something else."""
+    return launched_processes() == 1 or os.environ.get("RANK", "0") == "0"
 
 
 def _print(console: Console, text: str) -> None:

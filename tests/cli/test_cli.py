@@ -8,7 +8,9 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -559,6 +561,79 @@ def test_a_programming_error_keeps_its_traceback(run, tmp_path, monkeypatch):
     monkeypatch.setattr(SoftPromptTrainer, "train", fail)
     with pytest.raises(RuntimeError, match="a bug"):
         run(*train_flags(tmp_path))
+
+
+def test_a_programming_error_asks_for_a_report():
+    program = (
+        "import sys; from softprompt_fast.cli import main, parser; sys.argv[1:] = ['train'];"
+        "parser.run_command = lambda *_: 1 / 0; main.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "ZeroDivisionError" in done.stderr
+    assert done.stderr.splitlines()[-1].endswith("/issues")
+
+
+def test_another_chat_template_is_refused(run, finished_run, tmp_path):
+    inputs = json.loads((finished_run / "run.json").read_text())["inputs"]
+    model = tmp_path / "model"
+    shutil.copytree(inputs["model"], model)
+    template = next(model.glob("chat_template.jinja"))
+    command = ("generate", "--prompt_dir", finished_run, "--model", model, "hello")
+    assert run(*command)[0] == 0
+    template.write_text(template.read_text().replace("assistant", "helper"))
+    assert error_of(run(*command)).startswith("The soft prompt was trained with another chat temp")
+
+
+def test_a_tilde_is_the_home_directory(run, finished_run, monkeypatch):
+    monkeypatch.setenv("HOME", str(finished_run.parent))
+    code, out, _err = run("generate", f"--prompt_dir=~/{finished_run.name}", "hello")
+    assert code == 0
+    assert out.strip()
+
+
+def test_a_missing_package_is_named(run, tmp_path, monkeypatch):
+    def fail(*args, **options):
+        raise ImportError("quantization requires bitsandbytes")
+
+    monkeypatch.setattr(SoftPromptTrainer, "train", fail)
+    message = error_of(run(*train_flags(tmp_path)))
+    assert message == "a package is missing or too old: quantization requires bitsandbytes"
+
+
+@pytest.mark.parametrize("closed", [">&-", ">&- 2>&-"])
+def test_a_closed_output_is_an_error(closed, tmp_path):
+    done = subprocess.run(
+        ["sh", "-c", f"exec {sys.executable} -m softprompt_fast --help {closed}"],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert ("standard output is closed" in done.stderr) == (closed == ">&-")
+
+
+def test_a_rank_without_other_processes_is_no_reason_to_be_silent(run, finished_run, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    command = ("generate", "--prompt_dir", finished_run, "hello")
+    code, out, _err = run(*command)
+    assert code == 0
+    assert out.strip()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    message = usage_error_of(run(*command))
+    assert message.startswith("generate runs in one process, and WORLD_SIZE=2 says that this is")
+
+
+def test_the_report_is_written_before_anything_is_shown(run, finished_run, monkeypatch):
+    def closed_by_head(*things):
+        assert (finished_run / "evaluation.html").exists()
+        raise SystemExit(1)
+
+    monkeypatch.setattr("softprompt_fast.cli.commands.eval.side_by_side", closed_by_head)
+    with pytest.raises(SystemExit):
+        run("eval", "--num_samples=1", "--prompt_dir", finished_run)
+    report = json.loads((finished_run / "evaluation.json").read_text())
+    assert report["answers"]
 
 
 def test_a_loss_that_is_not_finite_names_the_examples(run, tmp_path):

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from toy import CHAT_TEMPLATE, SPECIAL_TOKENS, make_model, make_tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from softprompt_fast.base_model.decoding import end_ids
 from softprompt_fast.data.queries import (
     cut_context,
     student_layout,
@@ -168,6 +169,48 @@ def test_an_answer_of_the_data_ends_with_the_end_token():
     assert tokenizer.decode(tokenize_answer(tokenizer, "At 10.", [])) == "At 10."
 
 
+@pytest.mark.parametrize(
+    ("turn", "answer"),
+    [
+        ("{{ content }}<|start|>", "At 10.<|start|>"),
+        ("{{ content }}<|start|><|end|>\n", "At 10.<|start|>"),
+        ("{{ content }}\n", "At 10.<|end|>"),
+        ("hm? {{ content | trim }}<|end|>", "hm? At 10.<|end|>"),
+        ("{{ content }}", "At 10.<|end|>"),
+        ("{{ raise_exception('no') }}", "At 10.<|end|>"),
+    ],
+    ids=str,
+)
+def test_an_answer_is_what_the_template_makes_of_a_turn(turn, answer):
+    tokenizer = with_template()
+    tokenizer.chat_template = (
+        "{% for message in messages %}{% set content = message['content'] %}"
+        "{% if message['role'] == 'assistant' %}<|start|>assistant\n" + turn + "{% else %}"
+        "<|start|>{{ message['role'] }}\n{{ content }}<|end|>\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+    )
+    model = make_model()
+    model.generation_config.eos_token_id = None
+    ends = end_ids(model, tokenizer)
+    assert tokenizer.eos_token_id in ends
+    ids = tokenize_answer(tokenizer, "At 10.", ends)
+    assert ids[-1] in ends
+    assert tokenizer.decode(ids) == answer
+
+
+@pytest.mark.parametrize("style", ["prepend", "first", "always", "never"])
+def test_an_answer_joins_what_stands_before_it(style):
+    tokenizer = make_sentencepiece_tokenizer(style)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    whole = tokenizer.apply_chat_template(
+        [USER, {"role": "assistant", "content": "Only 10."}], tokenize=False
+    )
+    asked = tokenize_query(tokenizer, [USER], "").plain
+    ids = tokenize_answer(tokenizer, "Only 10.", [tokenizer.eos_token_id])
+    together = tokenizer(whole, add_special_tokens=False)["input_ids"]
+    assert asked + ids == together[: len(asked + ids)]
+
+
 @pytest.mark.parametrize("context", [None, "", " \n"], ids=["none", "empty", "blank"])
 def test_a_forgotten_context_is_refused(context):
     teacher = Teacher(make_model(), make_tokenizer(), show_progress=False)
@@ -179,13 +222,38 @@ def test_a_forgotten_context_is_refused(context):
     assert make_tokenizer().decode(example.query.context) == "Open at 10."
 
 
+class ByCode(PreTrainedTokenizerFast):
+    """A tokenizer that renders chats by code, as the backend of mistral-common does."""
+
+    joint = ""
+
+    def apply_chat_template(self, conversation, tokenize=True, **options):
+        text = "".join(f"<|start|>{m['role']}\n{m['content']}<|end|>\n" for m in conversation)
+        text += ASSISTANT
+        return self(text + self.joint, add_special_tokens=False) if tokenize else text
+
+
+def test_a_tokenizer_is_asked_what_it_can_do():
+    plain = with_template()
+    by_code = ByCode(tokenizer_object=plain.backend_tokenizer)
+    assert by_code.chat_template is None
+    query = tokenize_query(by_code, [USER], "Open at 10.")
+    assert by_code.decode(teacher_ids(query)).endswith(ASSISTANT)
+    assert "<|start|>system" in by_code.decode(query.before)
+    by_code.joint = "x"
+    with pytest.raises(ValueError, match="ByCode renders chats by code of its own, and their text"):
+        tokenize_query(by_code, [USER], "Open at 10.")
+
+
 @pytest.mark.parametrize(
     ("template", "message"),
     [
         ({"start": "{{ messages[0]['content'] }}"}, "exactly once"),
-        ({"start": "{{ raise_exception('never') }}"}, r"roles: user\)"),
+        ({"start": "{{ raise_exception('never') }}"}, r"roles: user\).* TemplateError: never$"),
+        ({"start": "{{ messages + 1 }}"}, r" It says: TypeError: can only concatenate list"),
+        ({"start": "{{ messages[7].content }}"}, r" It says: UndefinedError: "),
     ],
-    ids=["twice", "refused"],
+    ids=["twice", "refused", "mistaken", "undefined"],
 )
 def test_a_template_without_a_place_for_the_context_is_named(template, message):
     with pytest.raises(ValueError, match=rf"data\.jsonl:7: the chat template .*{message}"):

@@ -9,6 +9,7 @@ import re
 import pytest
 
 from softprompt_fast.data import records
+from softprompt_fast.data.dialects import REFUSED
 from softprompt_fast.data.records import read_jsonl, read_text
 
 
@@ -44,10 +45,96 @@ def test_reads_every_documented_form(write):
     assert four.completion == "4"
 
 
-def test_fields_of_other_data_sets_are_ignored(write):
-    (record,) = read_jsonl(write('{"prompt": "a", "prompt_id": 3, "content": "b", "comment": 4}'))
+def test_fields_that_say_nothing_about_the_answer_are_told_once(write, capsys):
+    line = '{"prompt": "a", "prompt_id": 3, "content": "b", "comment": 4}\n'
+    record, _ = read_jsonl(write(line + '{"prompt": "b", "comment": null}'))
     assert record.messages[0]["content"] == "a"
     assert (record.completion, record.context) == (None, None)
+    (note,) = capsys.readouterr().err.splitlines()
+    assert note.endswith("have them: 'comment' (2), 'prompt_id' (1), 'content' (1)")
+
+
+def test_files_of_our_own_fields_need_no_note(write, capsys):
+    read_jsonl(write('{"prompt": "a", "completion": "b", "context": "c"}'))
+    assert capsys.readouterr().err == ""
+
+
+USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+SYSTEM = {"role": "system", "content": "s"}
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+
+
+@pytest.mark.parametrize(
+    ("line", "messages"),
+    [
+        ({"prompt": "q", "response": "a"}, [USER]),
+        ({"messages": [USER], "answer": "a"}, [USER]),
+        ({"system": "s", "prompt": "q", "answer": "a"}, [SYSTEM, USER]),
+        ({"system": "s", "messages": [USER, ASSISTANT]}, [SYSTEM, USER]),
+        ({"system": "", "messages": [USER, ASSISTANT]}, [USER]),
+        ({"instruction": "q", "output": "a"}, [USER]),
+        ({"instruction": "q", "input": "", "output": "a"}, [USER]),
+        (
+            {"instruction": "q", "input": "i", "output": "a", "system": "s"},
+            [SYSTEM, {"role": "user", "content": "q\n\ni"}],
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+            [USER],
+        ),
+        (
+            {
+                "system": "s",
+                "conversations": [
+                    {"from": "human", "value": "q"},
+                    {"from": "gpt", "value": "a"},
+                    {"from": "human", "value": "q"},
+                    {"from": "gpt", "value": "a"},
+                ],
+            },
+            [SYSTEM, USER, ASSISTANT, USER],
+        ),
+        ({"conversations": [SYSTEM, USER, ASSISTANT]}, [SYSTEM, USER]),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "text", "text": "q"}]},
+                    {"role": "assistant", "content": [{"text": ""}, "a"]},
+                ]
+            },
+            [USER],
+        ),
+        (
+            {
+                "messages": [
+                    USER,
+                    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+                    {"role": "tool", "content": "1", "tool_call_id": "7", "name": "f"},
+                    ASSISTANT,
+                ]
+            },
+            [
+                USER,
+                {"role": "assistant", "content": "", "tool_calls": [CALL]},
+                {"role": "tool", "content": "1", "tool_call_id": "7", "name": "f"},
+            ],
+        ),
+    ],
+    ids=str,
+)
+def test_reads_what_other_projects_write(write, capsys, line, messages):
+    (record,) = read_jsonl(write(json.dumps(line)))
+    assert (record.messages, record.completion) == (messages, "a")
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("field", sorted(REFUSED))
+def test_what_may_change_the_answer_is_refused_by_name(write, field):
+    path = write(json.dumps({"prompt": "a", field: "b"}))
+    with pytest.raises(ValueError, match=re.escape(f":1: the field {field!r} is not read")):
+        read_jsonl(path)
+    (record,) = read_jsonl(write(json.dumps({"prompt": "a", field: None})))
+    assert record.completion is None
 
 
 def test_the_digest_is_of_what_was_read(write):
@@ -96,6 +183,20 @@ def _user(content) -> str:
         (_user(None), "'messages[0].content' must be a string, got null"),
         ('{"messages": [{"role": "system", "content": "a"}]}', "'messages' has no user message"),
         (_user("a")[:-1] + ', "completion": []}', "'completion' must be a string or a list"),
+        (
+            '{"prompt": "a", "response": "b", "answer": "c"}',
+            "the line has 'response' and 'answ",
+        ),
+        ('{"instruction": "a", "output": "b", "response": "c"}', "'output' and another answer"),
+        ('{"instruction": ["a"], "output": "b"}', "'instruction' must be a string, got a list"),
+        ('{"instruction": "", "output": "b"}', ":2: 'prompt' is empty"),
+        ('{"question": "a", "answer": "b"}', "the field 'question' is not read"),
+        ('{"conversations": "a"}', "'conversations' must be a list of turns, got a string"),
+        ('{"conversations": ["a"]}', "'conversations[0]' must be an object, got a string"),
+        ('{"conversations": [{"from": "me", "value": "a"}]}', "'conversations[0].from' must be o"),
+        ('{"system": 3, "prompt": "a"}', "'system' must be a string, got a number"),
+        (_user([{"type": "image_url"}]), "'messages[0].content[0]' is 'image_url', and only part"),
+        (_user([]), "'messages[0].content' must be a string, got a list"),
         ('{"prompt": "\\ud800"}', "'prompt' has half of a surrogate pair at character 0"),
     ],
     ids=lambda value: value[:40],
@@ -140,3 +241,16 @@ def test_context_text(write):
         read_text(write(" \n"))
     with pytest.raises(ValueError, match="not UTF-8: byte 0xe9 at offset 1"):
         read_text(write(b"h\xe9"))
+
+
+def test_system_and_a_system_message_are_refused(write):
+    path = write(json.dumps({"system": "s", "messages": [SYSTEM, USER]}))
+    with pytest.raises(ValueError, match="'system' and a system message in 'messages'; keep one"):
+        read_jsonl(path)
+
+
+def test_an_answer_of_tool_calls_is_refused(write):
+    called = {"role": "assistant", "tool_calls": [CALL]}
+    path = write(json.dumps({"messages": [USER, called]}))
+    with pytest.raises(ValueError, match="'messages' ends with tool calls"):
+        read_jsonl(path)

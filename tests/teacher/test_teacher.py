@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from toy import PADDING_SENSITIVE, WINDOW, make_model, make_tokenizer
+from toy import PADDING_SENSITIVE, VOCAB, WINDOW, make_model, make_tokenizer
 from toy_teacher import (
     NEW_TOKENS,
     given_answers,
@@ -16,12 +16,13 @@ from toy_teacher import (
 
 from softprompt_fast.base_model.output_head import OutputHead, hidden_states
 from softprompt_fast.base_model.prefix_cache import Prefix
-from softprompt_fast.data.queries import Query, student_layout, teacher_ids
+from softprompt_fast.data.queries import Query, student_layout, teacher_ids, tokenize_query
 from softprompt_fast.student.collator import Collator
 from softprompt_fast.student.model import SoftPromptModel
 from softprompt_fast.student.soft_prompt import SoftPrompt, SoftPromptConfig
 from softprompt_fast.teacher.answers import Answer
 from softprompt_fast.teacher.examples import TrainingExample
+from softprompt_fast.teacher.teacher import Teacher
 
 # Rotary positions, absolute positions, two kinds of sliding windows, and a recurrent state.
 ARCHITECTURES = ["llama", "gpt2", "gemma3", "mistral", "falcon_h1"]
@@ -216,3 +217,23 @@ def test_a_wrong_option_is_named():
     model.config.return_dict = False
     with pytest.raises(ValueError, match="LlamaForCausalLM: config.return_dict must be True"):
         make_teacher(model)
+
+
+def test_a_token_without_an_embedding_is_named_before_any_work():
+    tokenizer = make_tokenizer.__wrapped__()
+    tokenizer.add_tokens(["<|new|>"])
+    model = make_model()
+    query = tokenize_query(tokenizer, [{"role": "user", "content": "a <|new|>"}], "c", source="d:3")
+    teacher = Teacher(model, tokenizer, show_progress=False)
+    with pytest.raises(ValueError, match=rf"d:3: token {VOCAB} has no embedding, the model has"):
+        teacher.answer([query])
+    plain = tokenize_query(tokenizer, [{"role": "user", "content": "a"}], "c", source="d:4")
+    with pytest.raises(ValueError, match=rf"d:4: token {VOCAB} has no embedding"):
+        teacher.answer([plain], [[VOCAB]])
+    config = SoftPromptConfig(prompt_tuning_init="text", prompt_tuning_init_text="<|new|>")
+    with pytest.raises(ValueError, match="prompt_tuning_init='text': token"):
+        SoftPrompt.from_model(model, tokenizer, config)
+    config = SoftPromptConfig(prompt_tuning_init="vocab")
+    student = SoftPromptModel(model, SoftPrompt.from_model(model, tokenizer, config))
+    with pytest.raises(ValueError, match=r"d:3: token"):
+        student.check_length(query, 1)

@@ -70,19 +70,26 @@ def evaluate_prompt(options: EvalOptions, invocation: Invocation) -> int:
     report |= facts
     report["eval_file_sha256"] = digest.hexdigest()
     report["context_of_training"] = is_context_of_training
-    console = Console()
-    if report["answers"]:
-        console.print(side_by_side(report))
-    console.print(table(report))
-    # After the tables: what took long to measure is on the screen if it cannot be written.
     file = Path(options.prompt_dir) / EVALUATION_FILE
+    try:
+        # before the tables, since nobody may read those to their end: eval | head -1
+        _write(report, file)
+    finally:
+        # also where it cannot be written, since it took long to measure
+        console = Console()
+        if report["answers"]:
+            console.print(side_by_side(report))
+        console.print(table(report))
+    say(f"Written to {file}, with pictures; look at {file.with_suffix('.html')}")
+    return 0
+
+
+def _write(report: dict[str, Any], file: Path) -> None:
     write_json(file, report)
     drawn = pictures(report)
     for name, png in drawn.items():
         write_bytes(file.with_name(f"{file.stem}_{name}.png"), png)
     write_bytes(file.with_suffix(".html"), page(report, drawn).encode())
-    say(f"Written to {file}, with pictures; look at {file.with_suffix('.html')}")
-    return 0
 
 
 def _context(

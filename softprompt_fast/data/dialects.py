@@ -1,0 +1,166 @@
+"""Queries and answers under the names that other projects give them.
+
+    {"prompt": ..., "response": ...}, {"prompt": ..., "answer": ...}       an answer
+    {"system": ..., "prompt": ...}                                         a system message
+    {"instruction": ..., "input": ..., "output": ...}                      Alpaca
+    {"conversations": [{"from": "human", "value": ...}, ...]}              ShareGPT
+    {"role": ..., "content": [{"type": "text", "text": ...}, ...]}         content in parts
+
+What cannot be read without a guess, and would change the answer, is refused by name. What says
+nothing about the answer is counted, so that it can be told once.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from ..utils.text import shortened
+
+FIELDS = ("prompt", "messages", "completion", "context")
+ANSWERS = ("completion", "response", "answer")
+# Ours or a plain word: a name this close to one of ours is a misspelling of it.
+KNOWN, CLOSE = (*FIELDS, "content"), 0.85
+QUOTED_CHARACTERS = 200
+
+SPEAKERS = {
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "bard", "bing", "model", "bot", "assistant"), "assistant"),
+    "system": "system",
+    "tool": "tool",
+}
+# Fields that say something about the query or its answer, and the one of ours that comes nearest.
+REFUSED = {
+    **dict.fromkeys(("question", "query", "instruction", "input", "inputs", "text"), "prompt"),
+    **dict.fromkeys(("dialog", "dialogue", "conversation", "history"), "messages"),
+    **dict.fromkeys(("output", "outputs", "target", "targets", "label", "labels"), "completion"),
+    **dict.fromkeys(("chosen", "rejected", "solution", "assistant"), "completion"),
+    **dict.fromkeys(("system_prompt", "system_message"), "system"),
+    **dict.fromkeys(("document", "passage"), "context"),
+    **dict.fromkeys(("tools", "functions", "tool_calls", "images", "image", "audio"), None),
+}
+# What a message holds beside its role and its content, for the chat template.
+PASSED_ON = ("tool_calls", "tool_call_id", "name")
+
+
+def standard(value: dict[str, Any], source: str) -> tuple[dict[str, Any], list[str]]:
+    """A line under our own names, and the names of the fields that are left out.
+
+    Raises ValueError naming a field that is misspelt, given twice, or cannot be read.
+    """
+    value = dict(value)
+    for key in value:
+        close = difflib.get_close_matches(key.lower(), FIELDS, n=1, cutoff=CLOSE)
+        if key not in KNOWN and close:
+            raise ValueError(f"{source}: unknown field {quoted(key)}; did you mean {close[0]!r}?")
+    asked = [name for name in ("prompt", "messages") if value.get(name) is not None]
+    if "conversations" in value and not asked:
+        value["messages"] = _messages_of_turns(value.pop("conversations"), source)
+    elif "instruction" in value and not asked:
+        _read_alpaca(value, source)
+    _read_answer(value, source)
+    _read_system(value, source)
+    for key in value:
+        if key in REFUSED and value[key] not in (None, "", [], {}):
+            near = REFUSED[key]
+            advice = f"rename it to {near!r}, or leave it out" if near else "leave it out"
+            raise ValueError(
+                f"{source}: the field {quoted(key)} is not read, and the answer may hang on it: "
+                f"{advice}"
+            )
+    ignored = [key for key in value if key not in FIELDS]
+    return {key: value[key] for key in value if key in FIELDS}, ignored
+
+
+def _read_alpaca(value: dict[str, Any], source: str) -> None:
+    """Instruction and input are the prompt, the output is the completion."""
+    parts = [_own_text(value, name, source) for name in ("instruction", "input")]
+    value["prompt"] = "\n\n".join(part for part in parts if part)
+    for name in ("instruction", "input"):
+        value.pop(name, None)
+    if "output" in value:
+        if any(value.get(name) is not None for name in ANSWERS):
+            raise ValueError(f"{source}: 'output' and another answer; keep one of them")
+        value["completion"] = value.pop("output")
+
+
+def _own_text(value: dict[str, Any], name: str, source: str) -> str:
+    text = value.get(name)
+    if text is not None and not isinstance(text, str):
+        raise ValueError(f"{source}: {name!r} must be a string, got {kind(text)}")
+    return (text or "").strip()
+
+
+def _read_answer(value: dict[str, Any], source: str) -> None:
+    given = [name for name in ANSWERS if value.get(name) is not None]
+    if len(given) > 1:
+        names = " and ".join(map(repr, given))
+        raise ValueError(f"{source}: the line has {names}; keep one of them")
+    for name in ANSWERS[1:]:
+        answer = value.pop(name, None)
+        if answer is not None:
+            value["completion"] = answer
+
+
+def _read_system(value: dict[str, Any], source: str) -> None:
+    system = _own_text(value, "system", source)
+    value.pop("system", None)
+    if not system:
+        return
+    name = "prompt" if value.get("prompt") is not None else "messages"
+    messages = value.get(name)
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    if not isinstance(messages, list):
+        return  # said where messages are read
+    if any(isinstance(m, dict) and m.get("role") == "system" for m in messages):
+        raise ValueError(f"{source}: 'system' and a system message in {name!r}; keep one of them")
+    value[name] = [{"role": "system", "content": system}, *messages]
+
+
+def _messages_of_turns(turns: Any, source: str) -> Any:
+    """ShareGPT's turns as messages; turns that are messages already stay what they are."""
+    if not isinstance(turns, list) or not turns:
+        got = "an empty list" if turns == [] else kind(turns)
+        raise ValueError(f"{source}: 'conversations' must be a list of turns, got {got}")
+    messages = []
+    for index, turn in enumerate(turns):
+        where = f"conversations[{index}]"
+        if not isinstance(turn, dict):
+            raise ValueError(f"{source}: {where!r} must be an object, got {kind(turn)}")
+        if "from" not in turn:
+            messages.append(turn)
+            continue
+        speaker = turn["from"]
+        if not isinstance(speaker, str) or speaker not in SPEAKERS:
+            raise ValueError(
+                f"{source}: '{where}.from' must be one of {', '.join(SPEAKERS)}; "
+                f"got {quoted(speaker)}"
+            )
+        messages.append({"role": SPEAKERS[speaker], "content": turn.get("value")})
+    return messages
+
+
+def text_of_parts(parts: list[Any], where: str, source: str) -> str:
+    """The content of a message that comes in parts, all of which must be text."""
+    texts = []
+    for index, part in enumerate(parts):
+        text = part.get("text") if isinstance(part, dict) else part
+        is_text = not isinstance(part, dict) or part.get("type", "text") == "text"
+        if not is_text or not isinstance(text, str):
+            found = part.get("type") if isinstance(part, dict) else kind(part)
+            raise ValueError(
+                f"{source}: '{where}[{index}]' is {quoted(found)}, and only parts of text are read"
+            )
+        texts.append(text)
+    return "".join(texts)
+
+
+def quoted(value: Any) -> str:
+    return shortened(repr(value), QUOTED_CHARACTERS)
+
+
+def kind(value: Any) -> str:
+    """The JSON name of a value's type."""
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
+    return names.get(type(value), "null" if value is None else "a number")
