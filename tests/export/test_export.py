@@ -13,6 +13,7 @@ from safetensors import safe_open
 from toy import CHAT_TEMPLATE, make_model, make_tokenizer
 from toy_run import QUESTIONS, write_lines
 
+from softprompt_fast.base_model.fingerprint import tokenizer_facts
 from softprompt_fast.base_model.loading import load_model
 from softprompt_fast.cli.main import main
 from softprompt_fast.data.queries import tokenize_query
@@ -208,6 +209,7 @@ def test_a_safetensors_file_is_read_by_safetensors_alone(tmp_path, monkeypatch):
             "hidden_size": "32",
             "num_hidden_layers": "2",
             "num_attention_heads": "4",
+            **tokenizer_facts(toy.tokenizer),
         }
 
 
