@@ -12,15 +12,17 @@ For fields of other names see ``dialects.py``.
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 from ..utils.console import progress
-from ..utils.files import decode_utf8, read_utf8
+from ..utils.files import decode_utf8
+from .containers import opened, parquet_rows
 from .dialects import PASSED_ON, kind, quoted, standard, text_of_parts
 
 MAX_LINE_BYTES = 10 * 2**20
@@ -41,7 +43,7 @@ class Record:
 
 
 def read_jsonl(path, digest: Any = None) -> list[Record]:
-    """All records of the file.
+    """All records of the file: JSON Lines, perhaps packed by gzip, or Parquet.
 
     digest: a ``hashlib`` object, fed with what is read. To open the file once more may find another
     content, or none: ``<(command)`` is a pipe.
@@ -53,42 +55,62 @@ def read_jsonl(path, digest: Any = None) -> list[Record]:
     """
     records = []
     left_out: Counter[str] = Counter()
-    for number, line in _lines(path, digest):
-        if line.strip():
-            source = f"{path}:{number}"
-            value, ignored = standard(_json_object(line, source), source)
-            records.append(_record(value, ignored, source))
-            left_out.update(ignored)
+    for source, found in _objects(path, digest):
+        value, ignored = standard(found, source)
+        records.append(_record(value, ignored, source))
+        left_out.update(ignored)
     if not records:
         raise ValueError(f"{path}: no records. Write one JSON object a line, with a field 'prompt'")
     if left_out:
-        found = ", ".join(f"{quoted(name)} ({count})" for name, count in left_out.most_common(8))
-        progress(f"Note: {path}: fields that are not read, and how many lines have them: {found}")
+        names = ", ".join(f"{quoted(name)} ({count})" for name, count in left_out.most_common(8))
+        progress(f"Note: {path}: fields that are not read, and how many lines have them: {names}")
     return records
 
 
 def read_text(path, digest: Any = None) -> str:
-    """The text of a UTF-8 file, without a byte order mark; surrounding blank space is cut off."""
-    text = read_utf8(path, digest).strip()
+    """The text of a UTF-8 file, perhaps packed by gzip, without a byte order mark; surrounding
+    blank space is cut off."""
+    with opened(path) as (stream, is_parquet):
+        raw = stream.read()
+    if is_parquet:
+        raise ValueError(f"{path} is a Parquet file; a context is text")
+    if digest is not None:
+        digest.update(raw)
+    text = decode_utf8(raw, path, 0).strip()
     if not text:
         raise ValueError(f"{path}: the file is empty; a context needs text")
     return text
 
 
-def _lines(path, digest: Any) -> Iterator[tuple[int, str]]:
+def _objects(path, digest: Any) -> Iterator[tuple[str, dict]]:
+    """``(file:line, object)`` of each line, or row, that holds one."""
+    with opened(path) as (stream, is_parquet):
+        if not is_parquet:
+            for number, line in _lines(stream, path, digest):
+                if line.strip():
+                    source = f"{path}:{number}"
+                    yield source, _json_object(line, source)
+            return
+        whole = io.BytesIO(stream.read())
+        if digest is not None:
+            digest.update(whole.getbuffer())
+        for number, row in enumerate(parquet_rows(whole, path), 1):
+            yield f"{path}:{number}", row
+
+
+def _lines(stream: BinaryIO, path, digest: Any) -> Iterator[tuple[int, str]]:
     """``(number, line)``, holding no more than one line (of bounded size) in memory."""
     offset = 0
-    with open(path, "rb") as stream:
-        for number, raw in enumerate(iter(lambda: stream.readline(MAX_LINE_BYTES + 1), b""), 1):
-            if len(raw) > MAX_LINE_BYTES:
-                raise ValueError(
-                    f"{path}:{number}: the line is longer than {MAX_LINE_BYTES} bytes. "
-                    "JSON Lines has one object a line: is a line break missing?"
-                )
-            if digest is not None:
-                digest.update(raw)
-            yield number, decode_utf8(raw, path, offset)
-            offset += len(raw)
+    for number, raw in enumerate(iter(lambda: stream.readline(MAX_LINE_BYTES + 1), b""), 1):
+        if len(raw) > MAX_LINE_BYTES:
+            raise ValueError(
+                f"{path}:{number}: the line is longer than {MAX_LINE_BYTES} bytes. "
+                "JSON Lines has one object a line: is a line break missing?"
+            )
+        if digest is not None:
+            digest.update(raw)
+        yield number, decode_utf8(raw, path, offset)
+        offset += len(raw)
 
 
 def _json_object(line: str, source: str) -> dict:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import re
+import sys
 
+import pyarrow.parquet
 import pytest
 
 from softprompt_fast.data import records
+from softprompt_fast.data.containers import NO_TEXT
 from softprompt_fast.data.dialects import REFUSED
 from softprompt_fast.data.records import read_jsonl, read_text
 
@@ -233,6 +237,59 @@ def test_a_giant_line_stops_at_the_cap(write, monkeypatch):
     assert len(read_jsonl(write(LINE.format("a" * 25)))) == 1
     with pytest.raises(ValueError, match=r":2: the line is longer than 40 bytes"):
         read_jsonl(write(LINE.format("a") + LINE.format("a" * 26)))
+
+
+ROWS = [{"prompt": "a", "completion": None, "id": 1}, {"prompt": "é", "completion": "b", "id": 2}]
+
+
+def test_packed_files_are_read(tmp_path):
+    text = "".join(json.dumps(row) + "\n" for row in ROWS)
+    plain, packed, table = (tmp_path / name for name in ("plain", "packed", "table"))
+    plain.write_text(text)
+    packed.write_bytes(gzip.compress(text.encode()))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), table)
+    expected = [(record.messages, record.completion) for record in read_jsonl(plain)]
+    assert expected[1][1] == "b"
+    for path in (packed, table):
+        records = read_jsonl(path)
+        assert [(record.messages, record.completion) for record in records] == expected
+        assert records[1].source == f"{path}:2"
+    assert read_text(packed) == text.strip()
+    digests = [hashlib.sha256() for _ in range(2)]
+    for path, digest in zip((plain, packed), digests, strict=True):
+        read_jsonl(path, digest)
+    assert digests[0].digest() == digests[1].digest()
+    with pytest.raises(ValueError, match="is a Parquet file; a context is text"):
+        read_text(table)
+
+
+@pytest.mark.parametrize("change", [lambda raw: raw[:-9], lambda raw: raw[:30] + b"?" + raw[31:]])
+@pytest.mark.parametrize("pack", [gzip.compress, None], ids=["gzip", "parquet"])
+def test_a_damaged_packed_file_is_named(tmp_path, pack, change):
+    path = tmp_path / "queries"
+    if pack is None:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS * 50), path)
+    else:
+        path.write_bytes(pack((json.dumps(ROWS[0]) + "\n").encode() * 50))
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(ValueError, match=re.escape(f"{path}")):
+        read_jsonl(path)
+
+
+def test_parquet_without_its_reader_is_named(tmp_path, monkeypatch):
+    path = tmp_path / "queries"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ValueError, match="is a Parquet file: pip install pyarrow, or write it as"):
+        read_jsonl(path)
+
+
+@pytest.mark.parametrize("signature", NO_TEXT)
+def test_what_is_no_text_is_named(write, signature):
+    path = write(signature + bytes(20))
+    for read in (read_jsonl, read_text):
+        with pytest.raises(ValueError, match=re.escape(f"{path} is {NO_TEXT[signature]}.")):
+            read(path)
 
 
 def test_context_text(write):
