@@ -13,6 +13,7 @@ nothing about the answer is counted, so that it can be told once.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
 from typing import Any
 
 from ..utils.text import shortened
@@ -120,14 +121,8 @@ def _read_system(value: dict[str, Any], source: str) -> None:
 
 def _messages_of_turns(turns: Any, source: str) -> Any:
     """ShareGPT's turns as messages; turns that are messages already stay what they are."""
-    if not isinstance(turns, list) or not turns:
-        got = "an empty list" if turns == [] else kind(turns)
-        raise ValueError(f"{source}: 'conversations' must be a list of turns, got {got}")
     messages = []
-    for index, turn in enumerate(turns):
-        where = f"conversations[{index}]"
-        if not isinstance(turn, dict):
-            raise ValueError(f"{source}: {where!r} must be an object, got {kind(turn)}")
+    for where, turn in objects(turns, "conversations", "a list of turns", source):
         if "from" not in turn:
             messages.append(turn)
             continue
@@ -139,6 +134,20 @@ def _messages_of_turns(turns: Any, source: str) -> Any:
             )
         messages.append({"role": SPEAKERS[speaker], "content": turn.get("value")})
     return messages
+
+
+def objects(
+    value: Any, field: str, expected: str, source: str
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a list that is not empty, and where each of them stands."""
+    if not isinstance(value, list) or not value:
+        got = "an empty list" if value == [] else kind(value)
+        raise ValueError(f"{source}: {field!r} must be {expected}, got {got}")
+    for index, item in enumerate(value):
+        where = f"{field}[{index}]"
+        if not isinstance(item, dict):
+            raise ValueError(f"{source}: {where!r} must be an object, got {kind(item)}")
+        yield where, item
 
 
 def text_of_parts(parts: list[Any], where: str, source: str) -> str:

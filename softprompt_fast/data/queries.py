@@ -113,12 +113,11 @@ def has_chat_template(tokenizer: Any) -> bool:
     """
     if getattr(tokenizer, "chat_template", None):
         return True
-    chat = [_ASKED]
     try:
-        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template([_ASKED], tokenize=False, add_generation_prompt=True)
     except (AttributeError, ValueError):  # transformers says so where there is no template
         return False
-    encoded = tokenizer.apply_chat_template(chat, tokenize=True, add_generation_prompt=True)
+    encoded = tokenizer.apply_chat_template([_ASKED], tokenize=True, add_generation_prompt=True)
     ids = encoded if isinstance(encoded, list) else encoded["input_ids"]
     if text_ids(tokenizer, text) != list(ids):
         raise ValueError(
@@ -135,42 +134,41 @@ def tokenize_answer(tokenizer: Any, completion: str, end_ids: Sequence[int]) -> 
     The turn's own end closes it; where the template has none, the tokenizer's end of sequence if it
     is one of ``end_ids``, at which the model stops, else the first of these.
     """
-    ends = [turn_end(tokenizer), tokenizer.eos_token_id]
+    lead, close = _around_answer(tokenizer)
+    ends = [_special_start(tokenizer, close), tokenizer.eos_token_id]
     closing = [end for end in ends if end in end_ids][:1] or list(end_ids[:1])
-    if not has_chat_template(tokenizer):
-        return _ids_behind_text(tokenizer, f"{SLOT}\n", completion) + closing
-    lead, close = _around_answer(tokenizer, ANSWER_SLOT)
-    turn = _render_turn(tokenizer, completion)
-    if turn is not None and turn.startswith(lead) and close and turn.endswith(close):
+    turn = _render_turn(tokenizer, completion) if close else None
+    if turn is not None and turn.startswith(lead) and turn.endswith(close):
         # what the template trims, and what it puts before an answer
         completion = turn[len(lead) : -len(close)]
-    return _ids_behind_text(tokenizer, lead, completion) + closing
+    return _ids_behind(tokenizer, lead, text_ids(tokenizer, lead), completion) + closing
 
 
 def turn_end(tokenizer: Any) -> int | None:
     """The special token that the chat template puts behind an answer, if it does."""
+    _, close = _around_answer(tokenizer)
+    return _special_start(tokenizer, close)
+
+
+def _around_answer(tokenizer: Any) -> tuple[str, str]:
+    """What stands before an answer that is to be written, and what closes one that is."""
     if not has_chat_template(tokenizer):
-        return None
-    _, close = _around_answer(tokenizer, ANSWER_SLOT)
-    first = text_ids(tokenizer, close)[:1]
+        _, _, plain = render_query(tokenizer, [_ASKED])
+        return plain, ""
+    lead = _render(tokenizer, [_ASKED], []) or ""
+    _, _, close = (_render_turn(tokenizer, ANSWER_SLOT) or "").partition(ANSWER_SLOT)
+    return lead, close
+
+
+def _special_start(tokenizer: Any, text: str) -> int | None:
+    first = text_ids(tokenizer, text)[:1]
     added = getattr(tokenizer, "added_tokens_decoder", {})
     return first[0] if first and first[0] in {*tokenizer.all_special_ids, *added} else None
-
-
-def _around_answer(tokenizer: Any, answer: str) -> tuple[str, str]:
-    """What the template writes before an answer to be written, and after one that is written."""
-    lead = _render(tokenizer, [_ASKED], []) or ""
-    _, _, close = (_render_turn(tokenizer, answer) or "").partition(answer)
-    return lead, close
 
 
 def _render_turn(tokenizer: Any, answer: str) -> str | None:
     chat = [_ASKED, {"role": "assistant", "content": answer}]
     return _render(tokenizer, chat, [], add_generation_prompt=False)
-
-
-def _ids_behind_text(tokenizer: Any, lead: str, text: str) -> list[int]:
-    return _ids_behind(tokenizer, lead, text_ids(tokenizer, lead), text)
 
 
 def teacher_ids(query: Query) -> list[int]:

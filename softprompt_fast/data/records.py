@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 from ..utils.console import progress
 from ..utils.files import decode_utf8
 from .containers import opened, parquet_rows
-from .dialects import PASSED_ON, kind, quoted, standard, text_of_parts
+from .dialects import PASSED_ON, kind, objects, quoted, standard, text_of_parts
 
 MAX_LINE_BYTES = 10 * 2**20
 ROLES = ("system", "user", "assistant", "tool", "developer")
@@ -179,14 +179,8 @@ def _record(value: dict, ignored: list[str], source: str) -> Record:
 def _messages(value, field: str, source: str) -> list[dict]:
     if isinstance(value, str):
         return [{"role": "user", "content": _text({field: value}, field, source)}]
-    if not isinstance(value, list) or not value:
-        got = "an empty list" if value == [] else kind(value)
-        raise ValueError(f"{source}: {field!r} must be a string or a list of messages, got {got}")
     messages = []
-    for index, message in enumerate(value):
-        where = f"{field}[{index}]"
-        if not isinstance(message, dict):
-            raise ValueError(f"{source}: {where!r} must be an object, got {kind(message)}")
+    for where, message in objects(value, field, "a string or a list of messages", source):
         role = message.get("role")
         if role not in ROLES:
             raise ValueError(

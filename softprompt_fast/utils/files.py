@@ -148,12 +148,9 @@ def refuse_pickle(path: Path) -> None:
     raise ValueError(f"{path} must be a safetensors file: its content is {found}.")
 
 
-def read_utf8(path, digest: Any = None) -> str:
+def read_utf8(path) -> str:
     """The whole file, without a byte order mark. Raises ValueError naming the first bad byte."""
-    raw = Path(path).read_bytes()
-    if digest is not None:
-        digest.update(raw)
-    return decode_utf8(raw, path, 0)
+    return decode_utf8(Path(path).read_bytes(), path, 0)
 
 
 def decode_utf8(raw: bytes, path, offset: int) -> str:
