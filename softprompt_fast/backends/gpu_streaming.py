@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .matmul import gradient_dtype
-from .problem import Problem, check_workspace, round_up
+from .problem import NO_TARGET, Problem, check_workspace, round_up
 
 # Strips of as many sums fill the chip whatever R is.
 MOST_SUMS = 16
@@ -53,10 +53,10 @@ def token_loss(problem: Problem) -> tuple[Tensor, Tensor]:
 
 def plan_workspace(problem: Problem) -> Plan:
     """All rows with the widest strip that fits, else the narrowest strip and fewer rows."""
+    from ..kernels.arguments import entry_numbers
     from ..kernels.streaming import PARTS, STATISTICS, SUM
 
-    more = None if problem.target is None else problem.target.more
-    K = 0 if more is None else more.shape[1]
+    K, _ = entry_numbers(problem.target or NO_TARGET)
     numbers = NUMBERS_PER_PART * PARTS.value + STATISTICS + 1 + K
     column_bytes = gradient_dtype(problem.head.weight).itemsize if problem.with_grad else 0
     budget = problem.workspace_mib * 2**20

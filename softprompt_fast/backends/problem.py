@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar, cast, get_args, get_type_hints
 import torch.nn.functional as F
 from torch import Tensor
 
-from .formulas import LogitTransform
+from .formulas import IDENTITY, LogitTransform
 
 Fields = TypeVar("Fields", bound=tuple[Any, ...])
 
@@ -23,7 +23,7 @@ class Head(NamedTuple):
 
     weight: Tensor  # [V, D]
     bias: Tensor | None = None  # [V]
-    transform: LogitTransform = LogitTransform()
+    transform: LogitTransform = IDENTITY
 
 
 class Tail(NamedTuple):
