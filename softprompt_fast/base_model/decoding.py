@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -13,7 +14,8 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from ..data.queries import turn_end
-from .output_head import input_embedding
+from .checks import position_switch
+from .virtual_tokens import read_as
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -52,11 +54,15 @@ def write(
     ``past_key_values`` holds. embeds: [B, L, D], read in the place of the embeddings of ``ids``.
     streamer: as in transformers; of one row it gets ``ids``, then each token as it is written.
     """
-    with _without_own_defaults(model), _read_as(model, embeds):
+    longest = int(mask.sum(dim=1).max())
+    # Keys of tokens before would be those of shorter calls.
+    passes_switch = longest <= position_switch(model) < longest + max_new_tokens
+    with _without_own_defaults(model), read_as(model, embeds, in_all_calls=passes_switch):
         written = model.generate(
             input_ids=ids,
             attention_mask=mask,
             past_key_values=past_key_values,
+            use_cache=not passes_switch,
             max_new_tokens=max_new_tokens,
             eos_token_id=list(end_ids) or None,
             pad_token_id=end_ids[0] if end_ids else 0,
@@ -79,18 +85,31 @@ def end_ids(model: Any, tokenizer: Any) -> list[int]:
 
 
 def in_batches(
-    indices: Sequence[int], size: int, *, length: Callable[[int], int], may_pad: bool
+    indices: Sequence[int],
+    size: int,
+    *,
+    length: Callable[[int], int],
+    may_pad: bool,
+    switch: float = math.inf,
+    more: int = 0,
 ) -> Iterator[list[int]]:
     """``indices`` in parts of at most ``size``.
 
     Rows of about the same length share a part, so that little of it is padding; rows of exactly the
     same length where the model bears no padding.
+    switch: the model's ``position_switch``: no part has rows on both sides, and rows that pass it
+    with the ``more`` tokens that are to be written have the same length.
     """
-    ordered = sorted(indices, key=length)
-    groups = [ordered] if may_pad else [list(group) for _, group in groupby(ordered, key=length)]
-    for group in groups:
-        for start in range(0, len(group), size):
-            yield group[start : start + size]
+
+    def alike(index: int) -> tuple[bool, int]:
+        tokens = length(index)
+        is_alone = not may_pad or tokens <= switch < tokens + more
+        return is_alone, tokens if is_alone else int(tokens > switch)
+
+    for _, group in groupby(sorted(indices, key=length), key=alike):
+        rows = list(group)
+        for start in range(0, len(rows), size):
+            yield rows[start : start + size]
 
 
 @contextmanager
@@ -106,29 +125,6 @@ def _without_own_defaults(model: Any) -> Iterator[None]:
         yield
     finally:
         model.generation_config = own
-
-
-@contextmanager
-def _read_as(model: Any, embeds: Tensor | None) -> Iterator[None]:
-    """The model's first call reads ``embeds`` instead of its own embeddings of the ids.
-
-    ``generate(inputs_embeds=...)`` is refused by Falcon-H1, Bamba, Zamba 2, CTRL and others.
-    """
-    unread = [] if embeds is None else [embeds]
-
-    def replace(module: Any, args: Any, output: Tensor) -> Tensor:
-        return unread.pop() if unread and unread[0].shape == output.shape else output
-
-    hook = input_embedding(model).register_forward_hook(replace)
-    try:
-        yield
-    finally:
-        hook.remove()
-    if unread:
-        raise ValueError(
-            f"{type(model).__name__} does not read all ids through its input embeddings in one "
-            "call of generate: it cannot answer with a soft prompt."
-        )
 
 
 def _until_end(ids: list[int], end_ids: Sequence[int]) -> list[int]:

@@ -5,12 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import chain
 from typing import Any
 
+import torch
+from accelerate.utils import align_module_device
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .fsdp import whole
-from .output_head import input_embedding
+from .output_head import decoder, input_embedding, is_plain
 
 # A fine-tuned model differs in all matrices, or in every nth: one number of each of these many.
 SAMPLES = 128
@@ -20,9 +26,10 @@ RELATIVE, ABSOLUTE = 2.0**-6, 2.0**-22
 
 def base_facts(model: PreTrainedModel) -> dict[str, Any]:
     """Sizes by name, and ``weights``: by a matrix's name, the number in its middle."""
+    settle(model)
     config = model.config.get_text_config(decoder=True)
     vocabulary, width = input_embedding(model).weight.shape
-    matrices = [(name, value) for name, value in model.named_parameters() if value.dim() > 1]
+    matrices = list(_matrices(model))
     sampled = matrices[:: max(1, len(matrices) // SAMPLES)]
     return {
         "name_or_path": model.config._name_or_path,
@@ -31,11 +38,65 @@ def base_facts(model: PreTrainedModel) -> dict[str, Any]:
         "hidden_size": width,
         "num_hidden_layers": config.num_hidden_layers,
         "num_attention_heads": config.num_attention_heads,
-        "weights": {
-            name: float(whole(value).detach().flatten()[value.numel() // 2])
-            for name, value in sampled
-        },
+        "quantization": quantization(model.config),
+        "weights": {name: middle() for name, middle in sampled},
     }
+
+
+@torch.no_grad()
+def settle(model: PreTrainedModel) -> None:
+    """One call, since the first one may rewrite what a model holds.
+
+    bitsandbytes packs 4 bits anew for a CPU, compressed-tensors unpacks, RWKV scales its layers.
+    """
+    was_training = model.training
+    token = torch.zeros(1, 1, dtype=torch.long, device=input_embedding(model).weight.device)
+    decoder(model.eval())(input_ids=token)
+    model.train(was_training)
+
+
+def quantization(config: Any) -> str | None:
+    """By what the weights of a model were quantised, None where they were not."""
+    config = getattr(config, "quantization_config", None)
+    if config is None:
+        return None
+    method = config["quant_method"] if isinstance(config, dict) else config.quant_method
+    return str(getattr(method, "value", method))
+
+
+def _matrices(model: PreTrainedModel) -> Iterator[tuple[str, Callable[[], float]]]:
+    """Each matrix by its name, and what gives the number in its middle."""
+    seen = set[Tensor]()
+    for prefix, module in model.named_modules():
+        own = {n: p for n, p in module.named_parameters(recurse=False) if p not in seen}
+        seen.update(own.values())
+        plain = [name for name, value in own.items() if value.dim() > 1 and is_plain(value)]
+        for name in plain:
+            yield f"{prefix}.{name}".lstrip("."), partial(_middle, module, name)
+        if not plain and _is_linear(module):
+            yield f"{prefix}.weight", partial(_middle_of_quantised, module, model.dtype)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    is_leaf = next(module.children(), None) is None
+    return is_leaf and hasattr(module, "in_features") and bool(module.state_dict())
+
+
+@torch.no_grad()
+def _middle(module: nn.Module, name: str) -> float:
+    with align_module_device(module):
+        value = whole(getattr(module, name))
+        return float(value.flatten()[value.numel() // 2])
+
+
+@torch.no_grad()
+def _middle_of_quantised(module: Any, dtype: torch.dtype) -> float:
+    """By what the layer makes of a unit vector: how it keeps its numbers is its own business."""
+    held = next(chain(module.parameters(), module.buffers()))
+    unit = torch.zeros(1, module.in_features, dtype=dtype, device=held.device)
+    unit[0, module.in_features // 2] = 1
+    made = module(unit)[0]
+    return float(made[len(made) // 2])
 
 
 def tokenizer_facts(tokenizer: Any) -> dict[str, str]:

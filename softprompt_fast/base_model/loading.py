@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import ssl
@@ -20,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from ..data.queries import has_chat_template
 from ..utils.console import progress
 from ..utils.errors import is_out_of_memory
+from .fingerprint import quantization
 from .fsdp import shard_base
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -53,6 +55,7 @@ def load_model(
     """
     check_dtype(dtype)
     name = os.path.expanduser(name_or_path)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     options: dict[str, Any] = {
         "trust_remote_code": trust_remote_code,
         "local_files_only": not _may_ask_hub(name),
@@ -61,12 +64,15 @@ def load_model(
         config = AutoConfig.from_pretrained(name, **options)
         _check_is_causal(name, config)
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        form: dict[str, Any] = {"dtype": dtype}
+        if quantization(config) is not None:
+            form = _form_of_quantised(name, config, dtype, device, shard=shard)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
             config=config,
-            dtype=dtype,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, with their sizes
+            **form,
             **options,
         )
     except DAMAGED as error:
@@ -98,11 +104,28 @@ def load_model(
         tokenizer.pad_token = tokenizer.eos_token
     if not has_chat_template(tokenizer):
         progress(f"Note: {name} has no chat template: queries are read as plain text")
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if dtype == "auto" and not is_native(model.dtype, device):
-        model = model.float()
     model = model.requires_grad_(False).eval()
-    return shard_base(model, device) if shard else model.to(device), tokenizer
+    if quantization(config) is None:
+        if dtype == "auto" and not is_native(model.dtype, device):
+            model = model.float()
+        model = shard_base(model, device) if shard else model.to(device)
+    return model, tokenizer
+
+
+def _form_of_quantised(
+    name: str, config: Any, dtype: str, device: torch.device, *, shard: bool
+) -> dict[str, Any]:
+    """Where and in which dtype it computes is said as it is loaded: later it cannot be moved."""
+    if shard:
+        raise ValueError(
+            f"model {name!r} is quantised ({quantization(config)}), and its layers cannot be split "
+            "over processes: leave out --shard_base"
+        )
+    # It says at each product in 8 bits that it rounds to float16.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    if dtype == "auto" and config.dtype is not None and not is_native(config.dtype, device):
+        dtype = "float32"
+    return {"dtype": dtype, "device_map": {"": device}}
 
 
 def is_native(dtype: torch.dtype, device: torch.device) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from .checks import position_switch
 from .output_head import decoder
 
 # Layers that hold nothing but keys and values, and replace them by longer tensors when they grow.
@@ -39,6 +40,9 @@ class Prefix:
     window: float
     """The shortest row from which masked tokens in its middle push others out of sight."""
 
+    switch: float
+    """The model's ``position_switch``."""
+
     @property
     def length(self) -> int:
         return self.ids.shape[1]
@@ -59,15 +63,24 @@ class Prefix:
             cache=cache if ids and only_keys_and_values else None,
             bears_padding=only_keys_and_values,
             window=_window(model, cache) if only_keys_and_values else 0,
+            switch=position_switch(model),
         )
 
-    def cache_for(self, batch_size: int) -> DynamicCache | None:
-        """The cache for a batch, which may grow without changing this one.
+    def is_shared_by(self, length: int) -> bool:
+        """Whether a row of ``length`` tokens, prefix included, takes these keys and values.
+
+        No where the model keeps more than these, and where it would turn its keys otherwise.
+        """
+        return self.cache is not None and not self.length <= self.switch < length
+
+    def cache_for(self, batch_size: int, longest: int) -> DynamicCache | None:
+        """The cache for a batch, which may grow up to ``longest`` tokens without changing this one;
+        None where its rows do not share it.
 
         Its layers only ever replace their keys and values by longer tensors, so the copy starts as
         a view of this one's memory, ``batch_size`` times.
         """
-        if self.cache is None:
+        if self.cache is None or not self.is_shared_by(longest):
             return None
         cache = copy.copy(self.cache)
         layers: list[Any] = [copy.copy(layer) for layer in self.cache.layers]

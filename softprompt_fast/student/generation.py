@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.generation.streamers import BaseStreamer
 
+from ..base_model.checks import position_switch
 from ..base_model.decoding import in_batches, write
 from ..base_model.prefix_cache import Prefix
 from ..data.queries import Query, student_layout
@@ -40,12 +41,20 @@ def generate(
     placement = model.prompt.config.placement
 
     def length(index: int) -> int:
-        return sum(map(len, student_layout(queries[index], placement)))
+        own = student_layout(queries[index], placement)
+        return model.prompt.config.num_virtual_tokens + sum(map(len, own))
 
     may_pad = Prefix.read(model.base, []).bears_padding
     texts: dict[int, str] = {}
     with tqdm(total=len(queries), desc="answers", disable=not show_progress) as progress:
-        for part in in_batches(range(len(queries)), batch_size, length=length, may_pad=may_pad):
+        for part in in_batches(
+            range(len(queries)),
+            batch_size,
+            length=length,
+            may_pad=may_pad,
+            switch=position_switch(model.base),
+            more=max_new_tokens,
+        ):
             written = _write(model, [queries[i] for i in part], rules)
             decoded = tokenizer.batch_decode(written, skip_special_tokens=True)
             texts.update(zip(part, decoded, strict=True))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from itertools import chain
+import math
+from collections.abc import Iterator
+from itertools import chain, groupby
 from typing import Any
 
 import torch
@@ -10,14 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..base_model.activation_checkpointing import check_checkpointing, set_checkpointing
-from ..base_model.output_head import (
-    OutputHead,
-    check_head,
-    check_ids,
-    hidden_states,
-    input_embedding,
-    position_limit,
-)
+from ..base_model.checks import check_ids, check_model, position_limit, position_switch
+from ..base_model.output_head import OutputHead, hidden_states, input_embedding
+from ..base_model.virtual_tokens import read_as
 from ..data.queries import Query, student_layout
 from .collator import IGNORE, Collator, Packing
 from .packing import attention_mask as mask_of_segments
@@ -37,7 +34,7 @@ class SoftPromptModel(nn.Module):
         super().__init__()
         prompt.check_base(base)
         self.base = base.requires_grad_(False).eval()
-        check_head(base)
+        check_model(base)
         self.prompt = prompt.to(input_embedding(base).weight.device)
 
     @property
@@ -138,14 +135,31 @@ class SoftPromptModel(nn.Module):
         """
         if segment_ids is not None:
             attention_mask = mask_of_segments(self.base, segment_ids)
-        hidden = hidden_states(
-            self.base,
-            inputs_embeds=self.inputs_embeds(input_ids, prompt_mask, gradient_scale=gradient_scale),
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            use_cache=False,
-        )
-        return hidden[labels != IGNORE]
+        embeds = self.inputs_embeds(input_ids, prompt_mask, gradient_scale=gradient_scale)
+        parts = []
+        for rows in self._on_one_side(position_ids):
+            with read_as(self.base, embeds[rows]):
+                hidden = hidden_states(
+                    self.base,
+                    input_ids=input_ids[rows],
+                    attention_mask=attention_mask[rows] if attention_mask is not None else None,
+                    position_ids=position_ids[rows],
+                    use_cache=False,
+                )
+            parts.append(hidden[labels[rows] != IGNORE])
+        return torch.cat(parts)
+
+    def _on_one_side(self, position_ids: Tensor) -> Iterator[slice]:
+        """The rows in their order, in parts that share a side of the base's ``position_switch``."""
+        switch = position_switch(self.base)
+        if switch == math.inf:
+            yield slice(None)
+            return
+        start = 0
+        for _, rows in groupby(position_ids.amax(dim=1).ge(switch).tolist()):
+            stop = start + len(list(rows))
+            yield slice(start, stop)
+            start = stop
 
 
 def scaled(tensor: Tensor, *, value: float, gradient: float) -> Tensor:

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..base_model.output_head import hidden_states, input_embedding
+from ..base_model.checks import position_switch, some_ids
+from ..base_model.output_head import hidden_states
 from ..base_model.prefix_cache import Prefix
 
 SHARED, PADDING = 0, -1
@@ -79,22 +80,21 @@ def longest_packed(model: PreTrainedModel) -> float:
     if not model.is_backend_compatible():
         return 0
     prefix = Prefix.read(model, [])
-    return prefix.window if prefix.bears_padding and _reads_packed(model) else 0
+    if not (prefix.bears_padding and _reads_packed(model)):
+        return 0
+    return min(prefix.window, position_switch(model))
 
 
 def _reads_packed(model: PreTrainedModel) -> bool:
     """Whether a few tokens in a packed row have the hidden states that they have by themselves."""
-    embed = input_embedding(model)
-    # From all over the vocabulary: a padding or unused token may be embedded as zero.
-    ids = torch.arange(1, 9, device=model.device)[None] * len(embed.weight) // 9
+    ids = some_ids(model)
     first, other = ids[:, :5], torch.cat([ids[:, :2], ids[:, 5:]], dim=1)
     plain = [
-        hidden_states(model, inputs_embeds=embed(alone), use_cache=False)[:, 2:]
-        for alone in (first, other)
+        hidden_states(model, input_ids=alone, use_cache=False)[:, 2:] for alone in (first, other)
     ]
     packed = hidden_states(
         model,
-        inputs_embeds=embed(ids),
+        input_ids=ids,
         attention_mask=attention_mask(model, ids.new_tensor([[0, 0, 1, 1, 1, 2, 2, 2]])),
         position_ids=ids.new_tensor([[0, 1, 2, 3, 4, 2, 3, 4]]),
         use_cache=False,

@@ -18,8 +18,9 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..base_model.checks import check_ids
 from ..base_model.fingerprint import base_facts, differences, tokenizer_facts
-from ..base_model.output_head import check_ids, input_embedding
+from ..base_model.output_head import input_embedding
 from ..data.queries import PLACEMENTS, Placement
 from ..utils.console import progress
 from ..utils.files import read_json, refuse_pickle, write_bytes, write_json

@@ -10,8 +10,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..base_model.checks import position_limit
 from ..base_model.decoding import Sampling
-from ..base_model.output_head import position_limit
 from ..data.queries import Query, teacher_ids, text_ids, tokenize_answer, tokenize_query
 from ..teacher.teacher import Teacher
 from .directory import SynthesisDirectory
@@ -50,7 +50,7 @@ def answer_queries(
             if done:
                 entry = done.pop(0)
                 directory.check_entry(len(entry["answers"]) == len(batch))
-                reading.progress.update(len(batch))
+                reading.bar.update(len(batch))
             else:
                 written = teacher.answer(batch, reading=reading)
                 entry = {"answers": [answer.ids for answer in written]}

@@ -130,7 +130,7 @@ class TeacherCache(OwnedDirectory):
 
     def _read(self, shard: _Shard, reading: Reading, facts: dict[str, Any]) -> None:
         shard.answers = self._open(shard, facts)
-        reading.progress.update(len(shard.answers))
+        reading.bar.update(len(shard.answers))
 
     def _open(self, shard: _Shard, facts: dict[str, Any]) -> list[Answer]:
         return read_shard(

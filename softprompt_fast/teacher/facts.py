@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..base_model.decoding import PLAIN
-from ..base_model.fingerprint import sha256_of_json, tokenizer_facts
+from ..base_model.fingerprint import settle, sha256_of_json, tokenizer_facts
 from ..base_model.fsdp import whole
 from ..base_model.output_head import OutputHead
 from ..data.queries import Query
@@ -22,7 +22,7 @@ from .answers import SketchOptions
 from .teacher import Teacher
 
 # Raised whenever the same facts lead to other bytes.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # Where a model was loaded from, and by what.
 NOT_OF_THE_MODEL = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 
@@ -63,12 +63,35 @@ def teacher_facts(
 
 
 def weights_sha256(model: PreTrainedModel) -> str:
-    """Of every byte of every parameter and buffer, with their names, shapes and dtypes."""
+    """Of every byte of what the model would save, with the names, shapes and dtypes.
+
+    Raises ValueError if some of it is not in memory.
+    """
+    settle(model)
     digest = hashlib.sha256()
-    for name, value in (*model.named_parameters(), *model.named_buffers()):
-        digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
-        digest.update(tensor_bytes(whole(value)))
+    for name, value in model.state_dict().items():
+        for part, tensor in _plain_tensors(name, value):
+            if tensor.is_meta:
+                raise ValueError(
+                    f"a teacher cache needs the whole model in memory, and {part} is offloaded. "
+                    "Use no cache, or a machine that holds the model."
+                )
+            digest.update(f"{part} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+            digest.update(tensor_bytes(tensor))
     return digest.hexdigest()
+
+
+def _plain_tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that a quantised one is made of, or itself; nothing of what is no tensor."""
+    if not isinstance(value, Tensor):
+        return
+    value = whole(value)
+    if not hasattr(value, "__tensor_flatten__"):
+        yield name, value
+        return
+    names, _ = value.__tensor_flatten__()
+    for inner in names:
+        yield from _plain_tensors(f"{name}.{inner}", getattr(value, inner))
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

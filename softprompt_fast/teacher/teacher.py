@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from itertools import chain
+from itertools import chain, groupby
 from typing import Any
 
 import torch
@@ -18,10 +18,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..base_model.checks import check_ids, position_limit, position_switch
 from ..base_model.decoding import PLAIN, Sampling, end_ids, in_batches, write
-from ..base_model.output_head import OutputHead, check_ids, hidden_states, position_limit
+from ..base_model.output_head import OutputHead, hidden_states
 from ..base_model.prefix_cache import Prefix
 from ..data.queries import Query, teacher_ids
+from ..utils.console import progress
 from .answers import Answer, SketchOptions, keep_sketches, keep_states
 
 # A shard is this many batches. No batch has queries of two shards, so each can be kept, lost and
@@ -32,9 +34,9 @@ SHARD_BATCHES = 4
 class Reading:
     """What several calls of ``Teacher.answer`` share."""
 
-    def __init__(self, model: PreTrainedModel, progress: tqdm | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, bar: tqdm | None = None) -> None:
         self.model = model
-        self.progress = progress or tqdm(disable=True)
+        self.bar = bar or tqdm(disable=True)
         self._last: tuple[tuple[int, ...], Prefix] | None = None
 
     def prefix(self, ids: tuple[int, ...]) -> Prefix:
@@ -77,6 +79,7 @@ class Teacher:
         self.sampling = sampling
         self.show_progress = show_progress
         self.end_ids = end_ids(model, tokenizer)
+        self._has_said_so = False
 
     @torch.no_grad()
     def answer(
@@ -100,6 +103,7 @@ class Teacher:
         for query, ids in zip(queries, given, strict=True):
             self._check_length(query, ids)
             check_ids(self.model, chain(teacher_ids(query), ids or ()), query.source)
+        self._say_what_is_not_shared(queries)
         head = OutputHead.from_model(self.model)
         if sketch is not None and head.softcap is not None:
             raise ValueError(
@@ -118,7 +122,11 @@ class Teacher:
                     for rows in self._with_allowed_padding(prefix, queries, unanswered):
                         known.update(self._write(prefix, queries, rows))
                     if record:
-                        states = self._states(prefix, queries, batch, known)
+                        states = [
+                            state
+                            for rows in self._on_one_side(prefix, queries, batch, known)
+                            for state in self._states(prefix, queries, rows, known)
+                        ]
                         answered = [known[index] for index in batch]
                         if record_hidden:
                             keep_states(answered, states)
@@ -135,8 +143,8 @@ class Teacher:
     def one_reading(self, num_queries: int) -> Iterator[Reading]:
         """For several calls of ``answer``: one progress bar, and a prefix kept until the next."""
         silent = not (self.show_progress and num_queries)
-        with tqdm(total=num_queries, desc="teacher", unit="query", disable=silent) as progress:
-            yield Reading(self.model, progress)
+        with tqdm(total=num_queries, desc="teacher", unit="query", disable=silent) as bar:
+            yield Reading(self.model, bar)
 
     def _sharing_a_prefix(
         self, reading: Reading, queries: Sequence[Query], indices: list[int]
@@ -151,7 +159,7 @@ class Teacher:
                 group, self.batch_size, length=lambda i: len(queries[i].after), may_pad=True
             ):
                 yield prefix, batch
-                reading.progress.update(len(batch))
+                reading.bar.update(len(batch))
 
     def _with_allowed_padding(
         self, prefix: Prefix, queries: Sequence[Query], indices: list[int]
@@ -162,8 +170,14 @@ class Teacher:
             return len(queries[index].after)
 
         longest = max(map(length, indices), default=0)
-        may_pad = prefix.allows_gap(longest + self.max_new_tokens)
-        return in_batches(indices, self.batch_size, length=length, may_pad=may_pad)
+        return in_batches(
+            indices,
+            self.batch_size,
+            length=lambda index: prefix.length + length(index),
+            may_pad=prefix.allows_gap(longest + self.max_new_tokens),
+            switch=prefix.switch,
+            more=self.max_new_tokens,
+        )
 
     def _write(
         self, prefix: Prefix, queries: Sequence[Query], indices: list[int]
@@ -180,9 +194,25 @@ class Teacher:
             end_ids=self.end_ids,
             do_sample=self.do_sample,
             sampling=self.sampling,
-            past_key_values=prefix.cache_for(len(ids)),
+            past_key_values=prefix.cache_for(len(ids), ids.shape[1] + self.max_new_tokens),
         )
         return {index: Answer(ids=row) for index, row in zip(indices, rows, strict=True)}
+
+    def _on_one_side(
+        self,
+        prefix: Prefix,
+        queries: Sequence[Query],
+        indices: list[int],
+        known: dict[int, Answer],
+    ) -> Iterator[list[int]]:
+        """The batch, in its order, or its parts on one side of the model's ``position_switch``."""
+
+        def passes(index: int) -> bool:
+            own = len(queries[index].after) + len(known[index].ids) - 1
+            return prefix.length + own > prefix.switch
+
+        for _, rows in groupby(indices, key=passes):
+            yield list(rows)
 
     def _states(
         self,
@@ -198,7 +228,7 @@ class Teacher:
         ids, mask = (tensor.to(prefix.ids.device) for tensor in _pad(rows, side="right"))
         B, L = ids.shape
         mask = torch.cat([mask.new_ones(B, prefix.length), mask], dim=1)
-        cache = prefix.cache_for(B)
+        cache = prefix.cache_for(B, mask.shape[1])
         if cache is None:
             ids = torch.cat([prefix.ids.expand(B, -1), ids], dim=1)
         positions = torch.arange(mask.shape[1], device=ids.device)[-ids.shape[1] :]
@@ -215,6 +245,21 @@ class Teacher:
             hidden[row, first[row] : first[row] + len(known[index].ids)]
             for row, index in enumerate(indices)
         ]
+
+    def _say_what_is_not_shared(self, queries: Sequence[Query]) -> None:
+        switch = position_switch(self.model)
+        passing = [
+            query
+            for query in queries
+            if len(query.before + query.context) <= switch < len(teacher_ids(query))
+        ]
+        if passing and not self._has_said_so:
+            self._has_said_so = True
+            progress(
+                f"Note: {type(self.model).__name__} turns all keys otherwise in a call of more "
+                f"than {switch} tokens: {len(passing)} queries pass that, and the context is read "
+                "anew for each batch of them"
+            )
 
     def _check_length(self, query: Query, ids: list[int] | None) -> None:
         name = query.source or f"the query that ends in tokens {query.after[-5:]}"

@@ -108,6 +108,11 @@ def check_examples(
     """Raises TypeError or ValueError, naming ``name`` or the example, if ``dataset`` cannot be
     learned: it is empty, too long for the model, or lacks what the objective needs, which a
     ``teacher`` may be asked for instead."""
+    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        raise TypeError(
+            f"{name} must be a list of TrainingExample: got {type(dataset).__name__}, which is "
+            "read once and in one order. Call list() on it."
+        )
     if not len(dataset):
         raise ValueError(f"{name} has no examples: give at least one, or leave it out.")
     for example in dataset:

@@ -101,13 +101,49 @@ PADDING_SENSITIVE = {
     ),
 }
 
+# All angles are others in a call of more than SWITCH tokens: between the lengths of toy_teacher's.
+SWITCH = 100
+SWITCHING = {
+    "longrope": dict(
+        model_type="phi3",
+        original_max_position_embeddings=SWITCH,
+        rope_parameters=dict(
+            rope_type="longrope",
+            rope_theta=10000.0,
+            short_factor=[1.0] * 4,
+            long_factor=[4.0] * 4,
+            original_max_position_embeddings=SWITCH,
+        ),
+    ),
+}
+
+# Each layer reads an embedding of its own, which it looks up by the token's id.
+PER_LAYER = {
+    "gemma3n_per_layer": ARCHITECTURES["gemma3n"],
+    "gemma4": dict(
+        model_type="gemma4_text",
+        final_logit_softcapping=2.0,
+        num_kv_shared_layers=0,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=VOCAB,
+        sliding_window=WINDOW,
+        global_head_dim=8,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+}
+
 
 def make_model(architecture: str = "llama", *, dtype: torch.dtype = torch.float32, seed: int = 0):
     """A random model in eval mode; the same one for the same arguments."""
     torch.manual_seed(seed)
-    own = (ARCHITECTURES | PADDING_SENSITIVE)[architecture]
+    own = (ARCHITECTURES | PADDING_SENSITIVE | SWITCHING | PER_LAYER)[architecture]
     config = AutoConfig.for_model(**{**SIZES, **own})
-    return AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    if architecture == "gemma3n_per_layer":
+        # Zero at the start of training: what a layer looks up by itself would not count.
+        for layer in model.get_decoder().layers:
+            torch.nn.init.ones_(layer.altup.correct_output_scale)
+    return model
 
 
 @functools.cache

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from ...base_model.checks import check_reads_embeds
 from ...data.records import Record, read_jsonl
 from ...export.peft import export_peft
 from ...export.safetensors import export_safetensors
@@ -80,6 +81,7 @@ def _export(
         "base": inputs["model"] or prompt.base["name_or_path"],
         "max_new_tokens": inputs["max_new_tokens"],
     }
+    check_reads_embeds(base_model)
     if options.to == "peft":
         return export_peft(model, tokenizer, directory, **facts)
     return export_vllm(model, tokenizer, records, directory, **facts)
