@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .fsdp import whole
-from .output_head import decoder, input_embedding, is_plain
+from .output_head import input_embedding, is_plain
 
 # A fine-tuned model differs in all matrices, or in every nth: one number of each of these many.
 SAMPLES = 128
@@ -45,13 +45,13 @@ def base_facts(model: PreTrainedModel) -> dict[str, Any]:
 
 @torch.no_grad()
 def settle(model: PreTrainedModel) -> None:
-    """One call, since the first one may rewrite what a model holds.
+    """One call of the whole model, since the first one may rewrite what it holds.
 
     bitsandbytes packs 4 bits anew for a CPU, compressed-tensors unpacks, RWKV scales its layers.
     """
     was_training = model.training
     token = torch.zeros(1, 1, dtype=torch.long, device=input_embedding(model).weight.device)
-    decoder(model.eval())(input_ids=token)
+    model.eval()(input_ids=token)
     model.train(was_training)
 
 

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from ..base_model.checks import check_ids, position_limit, position_switch
 from ..base_model.decoding import PLAIN, Sampling, end_ids, in_batches, write
+from ..base_model.fingerprint import quantization, settle
 from ..base_model.output_head import OutputHead, hidden_states
 from ..base_model.prefix_cache import Prefix
 from ..data.queries import Query, teacher_ids
@@ -73,6 +74,8 @@ class Teacher:
                 "transformers cannot generate. Set model.config.return_dict = True."
             )
         self.model: Any = model.eval()
+        if quantization(model.config) is not None:
+            settle(model)
         self.max_new_tokens = max_new_tokens
         self.batch_size = batch_size
         self.do_sample = do_sample
