@@ -37,7 +37,8 @@ def base_facts(model: PreTrainedModel) -> dict[str, Any]:
         "vocab_size": vocabulary,
         "hidden_size": width,
         "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
+        # recurrent models have none
+        "num_attention_heads": getattr(config, "num_attention_heads", None),
         "quantization": quantization(model.config),
         "weights": {name: middle() for name, middle in sampled},
     }

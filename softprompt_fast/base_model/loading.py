@@ -64,15 +64,16 @@ def load_model(
         config = AutoConfig.from_pretrained(name, **options)
         _check_is_causal(name, config)
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
-        form: dict[str, Any] = {"dtype": dtype}
-        if quantization(config) is not None:
-            form = _form_of_quantised(name, config, dtype, device, shard=shard)
+        method = quantization(config)
+        if method is not None:
+            _check_may_be_quantised(name, method, shard=shard)
+            options["device_map"] = {"": device}  # later it cannot be moved
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
             config=config,
+            dtype=dtype,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, with their sizes
-            **form,
             **options,
         )
     except DAMAGED as error:
@@ -105,27 +106,26 @@ def load_model(
     if not has_chat_template(tokenizer):
         progress(f"Note: {name} has no chat template: queries are read as plain text")
     model = model.requires_grad_(False).eval()
-    if quantization(config) is None:
+    if method is None:
         if dtype == "auto" and not is_native(model.dtype, device):
             model = model.float()
         model = shard_base(model, device) if shard else model.to(device)
+    elif dtype not in ("auto", str(model.dtype).removeprefix("torch.")):
+        raise ValueError(
+            f"model {name!r} was quantised ({method}) to compute in {model.dtype}, and dtype "
+            f"cannot change that: got {dtype}. Leave it out, or quantise the model anew."
+        )
     return model, tokenizer
 
 
-def _form_of_quantised(
-    name: str, config: Any, dtype: str, device: torch.device, *, shard: bool
-) -> dict[str, Any]:
-    """Where and in which dtype it computes is said as it is loaded: later it cannot be moved."""
+def _check_may_be_quantised(name: str, method: str, *, shard: bool) -> None:
     if shard:
         raise ValueError(
-            f"model {name!r} is quantised ({quantization(config)}), and its layers cannot be split "
-            "over processes: leave out --shard_base"
+            f"model {name!r} is quantised ({method}), and its layers cannot be split over "
+            "processes: leave out --shard_base"
         )
     # It says at each product in 8 bits that it rounds to float16.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-    if dtype == "auto" and config.dtype is not None and not is_native(config.dtype, device):
-        dtype = "float32"
-    return {"dtype": dtype, "device_map": {"": device}}
 
 
 def is_native(dtype: torch.dtype, device: torch.device) -> bool:

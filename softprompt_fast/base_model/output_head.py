@@ -43,11 +43,17 @@ class OutputHead:
                 f"{type(model).__name__} has no output embeddings. "
                 "Load the model with AutoModelForCausalLM."
             )
-        _check_is_matrix(model, layer.weight)
+        weight = _in_memory(model, "output head", layer.weight)
+        if not is_plain(weight):
+            raise ValueError(
+                f"the output head of {type(model).__name__} is quantised ({weight.dtype}, "
+                f"{type(weight).__name__}), and the losses read its numbers. Quantise the model "
+                "without its head (lm_head), which is the default of transformers."
+            )
         bias = getattr(layer, "bias", None)
         config = model.config.get_text_config(decoder=True)
         return cls(
-            weight=layer.weight.detach(),
+            weight=weight.detach(),
             bias=None if bias is None else bias.detach(),
             softcap=getattr(config, "final_logit_softcapping", None),
             logit_scale=_logit_scale(config),
@@ -82,19 +88,18 @@ def decoder(model: PreTrainedModel) -> nn.Module:
 
 def input_embedding(model: PreTrainedModel) -> nn.Embedding:
     """The layer from token ids to what ``inputs_embeds`` takes; its ``weight`` is [V, D]."""
-    return cast(nn.Embedding, model.get_input_embeddings())
+    layer = cast(nn.Embedding, model.get_input_embeddings())
+    _in_memory(model, "input embedding", layer.weight)
+    return layer
 
 
-def _check_is_matrix(model: PreTrainedModel, weight: Tensor) -> None:
-    name = f"the output head of {type(model).__name__}"
+def _in_memory(model: PreTrainedModel, what: str, weight: Tensor) -> Tensor:
     if weight.is_meta:
-        raise ValueError(f"{name} is offloaded. Load the model with its head on the device.")
-    if not is_plain(weight):
         raise ValueError(
-            f"{name} is quantised ({weight.dtype}, {type(weight).__name__}), and the losses read "
-            "its numbers. Quantise the model without its head (lm_head), which is the default of "
-            "transformers."
+            f"the {what} of {type(model).__name__} is offloaded. Load the model with it on the "
+            "device; layers may be offloaded."
         )
+    return weight
 
 
 def is_plain(value: Tensor) -> bool:

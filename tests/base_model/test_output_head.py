@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.nn import functional as F
-from toy import ARCHITECTURES, VOCAB, make_model
+from toy import ARCHITECTURES, SIZES, VOCAB, make_model
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import softprompt_fast as spf
 from softprompt_fast.base_model.checks import check_model
-from softprompt_fast.base_model.output_head import OutputHead, hidden_states
+from softprompt_fast.base_model.output_head import OutputHead, decoder, hidden_states
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -49,6 +50,18 @@ def test_an_unknown_change_of_the_logits_is_named():
     with pytest.raises(
         ValueError, match=r"logits of LlamaForCausalLM .* differ at entry \d+: -?\d"
     ):
+        check_model(model)
+
+
+def test_a_decoder_whose_head_goes_by_its_name():
+    """ModernBERT's decoder calls its head "decoder", and transforms before it what it reads."""
+    config = AutoConfig.for_model(
+        "modernbert-decoder",
+        **{**SIZES, "global_rope_theta": 1e4, "layer_types": ["full_attention"] * 2},
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    assert decoder(model) is model.model
+    with pytest.raises(ValueError, match="logits of ModernBertDecoderForCausalLM .* differ at"):
         check_model(model)
 
 

@@ -1,0 +1,237 @@
+"""Quantised models, and others that rewrite what they hold: they stay the same model in use."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import shutil
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from toy import SWITCHING, make_model, make_tokenizer
+from toy_run import train_flags
+from toy_teacher import make_queries, make_teacher
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
+
+from softprompt_fast.base_model import loading
+from softprompt_fast.base_model.checks import check_model
+from softprompt_fast.base_model.fingerprint import base_facts, differences
+from softprompt_fast.base_model.loading import load_model
+from softprompt_fast.base_model.output_head import OutputHead
+from softprompt_fast.cli.main import main
+from softprompt_fast.teacher.facts import weights_sha256
+
+
+def torchao_int8():
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    return TorchAoConfig(Int8WeightOnlyConfig())
+
+
+FORMS = {
+    "nf4": (
+        "bitsandbytes",
+        lambda: BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+        ),
+    ),
+    "fp4": ("bitsandbytes", lambda: BitsAndBytesConfig(load_in_4bit=True)),
+    "int8": ("bitsandbytes", lambda: BitsAndBytesConfig(load_in_8bit=True)),
+    "torchao": ("torchao", torchao_int8),
+}
+each_form = pytest.mark.parametrize(
+    "form",
+    [
+        pytest.param(
+            name,
+            marks=pytest.mark.skipif(
+                importlib.util.find_spec(package) is None, reason=f"{package} is not installed"
+            ),
+        )
+        for name, (package, _) in FORMS.items()
+    ],
+)
+
+
+def save_quantised(folder, form, model=None, tokenizer=None, **options):
+    """``model``, or the toy, quantised and saved in ``folder``."""
+    (model or make_model()).save_pretrained(folder / "plain")
+    _, config = FORMS[form]
+    quantised = AutoModelForCausalLM.from_pretrained(
+        folder / "plain", quantization_config=config(), device_map={"": "cpu"}, **options
+    )
+    quantised.save_pretrained(folder / "model")
+    (tokenizer or make_tokenizer()).save_pretrained(folder / "model")
+    shutil.rmtree(folder / "plain")
+    return folder / "model"
+
+
+@torch.no_grad()
+def use(model):
+    for length in (1, 8, 200):
+        model(input_ids=torch.arange(length)[None], use_cache=False)
+
+
+@each_form
+def test_a_quantised_model_stays_the_same_when_it_is_used(form, tmp_path):
+    path = save_quantised(tmp_path, form)
+    model, _ = load_model(path, device="cpu")
+    facts, digest = base_facts(model), weights_sha256(model)
+    assert facts["quantization"] == FORMS[form][0]
+    use(model)
+    assert base_facts(model) == facts
+    assert weights_sha256(model) == digest
+    anew, _ = load_model(path, device="cpu")
+    use(anew)  # before anybody asks
+    assert weights_sha256(anew) == digest
+    assert base_facts(anew) == facts
+
+
+@each_form
+def test_another_quantised_model_is_another(form, tmp_path):
+    other = make_model()
+    with torch.no_grad():
+        other.model.layers[1].mlp.up_proj.weight.mul_(1.5)
+    for name, model in (("one", make_model()), ("other", other)):
+        (tmp_path / name).mkdir()
+        save_quantised(tmp_path / name, form, model)
+    one, other = (load_model(tmp_path / n / "model", device="cpu")[0] for n in ("one", "other"))
+    (difference,) = differences(base_facts(one), base_facts(other))
+    assert "weights: 1 of 16 compared, model.layers.1.mlp.up_proj.weight first" in difference
+    assert weights_sha256(one) != weights_sha256(other)
+    plain = differences(base_facts(one), base_facts(make_model()))
+    assert any(line.startswith("quantization: prompt ") for line in plain)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        # Halves the weights of every sixth layer when it first answers.
+        functools.partial(
+            AutoConfig.for_model, "rwkv", vocab_size=99, hidden_size=32, num_hidden_layers=7,
+            attention_hidden_size=32, rescale_every=6,
+        ),
+        # Keeps the angles of its last call.
+        functools.partial(AutoConfig.for_model, **SWITCHING["longrope"], vocab_size=259,
+            hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=4, max_position_embeddings=512, pad_token_id=0),
+    ],
+    ids=["rwkv", "longrope"],
+)  # fmt: skip
+def test_so_does_a_plain_one_that_rewrites_what_it_holds(model):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(model()).eval()
+    held = {
+        name: value.clone() for name, value in (*model.named_parameters(), *model.named_buffers())
+    }
+    facts, digest = base_facts(model), weights_sha256(model)
+    with torch.no_grad():
+        model(input_ids=torch.arange(150)[None] % 99)
+    now = dict((*model.named_parameters(), *model.named_buffers()))
+    assert any(not torch.equal(held[name], now[name]) for name in held), "nothing was rewritten"
+    assert base_facts(model) == facts
+    assert weights_sha256(model) == digest
+
+
+@each_form
+def test_it_trains_and_its_prompt_and_its_teachers_work_are_its_own(form, tmp_path, capsys):
+    flags = {"max_steps": 2, "teacher_cache": tmp_path / "cache"}
+    first, second = (train_flags(tmp_path, output, **flags) for output in ("run", "again"))
+    shutil.rmtree(tmp_path / "model")
+    save_quantised(tmp_path, form)
+    assert main(first) == 0
+    shards = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("shard-*")}
+    assert main(second) == 0
+    assert shards == {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").glob("shard-*")}
+    run = ["--prompt_dir", str(tmp_path / "run")]
+    assert main(["eval", *run]) == 0
+    assert main(["generate", *run, "When?"]) == 0
+    assert main(["export", *run, "--to", "vllm", "--output_dir", str(tmp_path / "out"), "Hi"]) == 0
+    assert "MatMul8bitLt" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", ["nf4"])
+def test_it_keeps_the_dtype_that_it_was_quantised_in(form, tmp_path, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    path = save_quantised(tmp_path, form, make_model(dtype=torch.bfloat16), dtype=torch.bfloat16)
+    monkeypatch.setattr(loading, "is_native", lambda *_: False)
+    model, _ = load_model(path, device="cpu")
+    assert OutputHead.from_model(model).weight.dtype == torch.bfloat16
+    use(model)
+    with pytest.raises(ValueError, match="to compute in torch.bfloat16, and dtype cannot change"):
+        load_model(path, dtype="float32", device="cpu")
+
+
+def test_what_cannot_be_is_refused_before_any_work(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("bitsandbytes")
+    path = save_quantised(tmp_path, "nf4")
+    with pytest.raises(
+        ValueError, match=r"is quantised \(bitsandbytes\), and its layers cannot be"
+    ):
+        load_model(path, device="cpu", shard=True)
+    model, _ = load_model(path, device="cpu")
+    model.lm_head = model.model.layers[0].mlp.up_proj
+    with pytest.raises(ValueError, match="the output head of LlamaForCausalLM is quantised"):
+        OutputHead.from_model(model)
+
+
+def test_layers_may_be_offloaded_and_the_rest_not():
+    offloaded = make_model()
+    cpu_offload(offloaded.model.layers)
+    assert offloaded.model.layers[0].mlp.up_proj.weight.is_meta
+    assert base_facts(offloaded) == base_facts(make_model())
+    teacher, expected = make_teacher(offloaded), make_teacher(make_model())
+    queries = make_queries()
+    assert [a.ids for a in teacher.answer(queries)] == [a.ids for a in expected.answer(queries)]
+    with pytest.raises(ValueError, match="needs the whole model in memory, and model.layers.0."):
+        weights_sha256(offloaded)
+    for part, message in (("lm_head", "output head"), ("model.embed_tokens", "input embedding")):
+        model = make_model()
+        cpu_offload(model.get_submodule(part))
+        with pytest.raises(ValueError, match=f"the {message} of LlamaForCausalLM is offloaded"):
+            check_model(model)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "aqlm", "hqq", "quanto", "eetq"])
+def test_a_missing_quantiser_is_named(method, tmp_path, capsys):
+    train = train_flags(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path / "model")
+    config.quantization_config = {"quant_method": method, "bits": 4, "group_size": 32}
+    config.save_pretrained(tmp_path / "model")
+    assert main(train) == 1
+    said = capsys.readouterr().err
+    assert "Traceback" not in said and "error: " in said
+    assert not list(tmp_path.glob("run/*"))
+
+
+@pytest.mark.slow
+@pytest.mark.real_model
+@pytest.mark.xdist_group("the real model")
+@pytest.mark.parametrize("form", ["nf4", "int8"])
+def test_the_real_model(form, real_model, tmp_path, capsys):
+    pytest.importorskip("bitsandbytes")
+    train = train_flags(
+        tmp_path,
+        max_steps=8,
+        learning_rate=0.02,
+        num_virtual_tokens=16,
+        teacher_cache=tmp_path / "cache",
+    )
+    shutil.rmtree(tmp_path / "model")
+    save_quantised(tmp_path, form, *load_model(real_model, device="cpu"))
+    assert main(train) == 0
+    assert main(["doctor", str(tmp_path / "run")]) == 0
+    run = ["--prompt_dir", str(tmp_path / "run")]
+    assert main(["eval", *run]) == 0
+    report = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    kl = {name: row["kl"] for name, row in report["conditions"].items()}
+    assert kl["soft prompt"] < kl["no context"], kl
+    capsys.readouterr()
+    assert main(["generate", *run, "When are you open?"]) == 0
+    answer = capsys.readouterr().out.strip()
+    assert answer
+    for to in ("peft", "vllm", "safetensors"):
+        out = str(tmp_path / to)
+        assert main(["export", *run, "--to", to, "--output_dir", out]) == 0
