@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..data.chat_template import template_facts
 from .fsdp import whole
 from .output_head import input_embedding
 
@@ -38,11 +39,12 @@ def base_facts(model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def tokenizer_facts(tokenizer: Any) -> dict[str, str]:
-    """Digests of what makes token ids of a text, and the text of a chat."""
+def tokenizer_facts(tokenizer: Any) -> dict[str, Any]:
+    """Digests of what makes token ids of a text, and the text of a chat; what a template reads."""
     return {
         "tokenizer": _tokenizer_sha256(tokenizer),
         "chat_template": sha256_of_json(getattr(tokenizer, "chat_template", None)),
+        **template_facts(tokenizer),
     }
 
 
