@@ -77,7 +77,7 @@ def finish_runs(
     untrained = [run for run in left if not run.directory.is_finished]
     for run in untrained:
         run.checkpoint = checkpoint_to_go_on_from(run.args, run.directory)
-    begun = [run.path if run.directory.is_finished else run.checkpoint for run in left]
+    begun = [run.path if run.directory.is_finished else run.checkpoint for run in runs]
     model, tokenizer = load(
         options, args, [SoftPrompt.from_pretrained(path) for path in begun if path], cache
     )
