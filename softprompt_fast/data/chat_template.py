@@ -73,7 +73,7 @@ def bind_template(
     variables, names = parse_kwargs(chat_template_kwargs) or {}, names_read(tokenizer)
     day = chat_template_date or today()
     try:
-        date.fromisoformat(day)
+        day = date.fromisoformat(day).isoformat()
     except (TypeError, ValueError) as error:
         raise OptionError(f"{DATE} must be a date, as 2026-11-27: got {day!r}") from error
     if variables and names is None:
