@@ -15,6 +15,7 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..data.chat_template import template_facts
 from .fsdp import whole
 from .output_head import input_embedding, is_plain
 
@@ -100,11 +101,12 @@ def _middle_of_quantised(module: Any, dtype: torch.dtype) -> float:
     return float(made[len(made) // 2])
 
 
-def tokenizer_facts(tokenizer: Any) -> dict[str, str]:
-    """Digests of what makes token ids of a text, and the text of a chat."""
+def tokenizer_facts(tokenizer: Any) -> dict[str, Any]:
+    """Digests of what makes token ids of a text, and the text of a chat; what a template reads."""
     return {
         "tokenizer": _tokenizer_sha256(tokenizer),
         "chat_template": sha256_of_json(getattr(tokenizer, "chat_template", None)),
+        **template_facts(tokenizer),
     }
 
 

@@ -18,6 +18,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from ..data.chat_template import bind_template
 from ..data.queries import has_chat_template
 from ..utils.console import progress
 from ..utils.errors import is_out_of_memory
@@ -39,6 +40,8 @@ def load_model(
     device: str | torch.device | None = None,
     trust_remote_code: bool = False,
     shard: bool = False,
+    chat_template_kwargs: dict[str, Any] | str | None = None,
+    chat_template_date: str | None = None,
 ):
     """Returns ``(model, tokenizer)``: parameters frozen, in eval mode, on ``device``.
 
@@ -48,6 +51,8 @@ def load_model(
     device: None takes the first CUDA device, or else the CPU.
     shard: each of the processes, which all call this, keeps its part of the layers, see
     ``shard_base``.
+    chat_template_kwargs, chat_template_date: variables of the chat template, and the day that it
+    prints if it prints one, by default today; the tokenizer keeps them, see ``bind_template``.
 
     Raises FileNotFoundError, naming the path or the model, if it is not there (without a network
     this takes seconds: only the local cache is read then), and ValueError if what is there is not
@@ -103,6 +108,7 @@ def load_model(
         if tokenizer.eos_token_id is None:
             raise ValueError(f"the tokenizer of {name!r} has neither a pad token nor an eos token")
         tokenizer.pad_token = tokenizer.eos_token
+    bind_template(tokenizer, chat_template_kwargs, chat_template_date)
     if not has_chat_template(tokenizer):
         progress(f"Note: {name} has no chat template: queries are read as plain text")
     model = model.requires_grad_(False).eval()

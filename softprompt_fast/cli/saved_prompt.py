@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..base_model.loading import check_dtype, load_model
+from ..data.chat_template import KWARGS, parse_kwargs
 from ..data.queries import Query
 from ..student.generation import stream
 from ..student.model import SoftPromptModel
@@ -36,8 +37,14 @@ class PromptOptions:
         default=False, metadata={"help": "Run Python code that the model's repository brings."}
     )
 
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "JSON object: variables of the chat template; default: as in training."},
+    )
+
     def __post_init__(self) -> None:
         check_at_least(self, 1, "max_new_tokens")
+        self.chat_template_kwargs = parse_kwargs(self.chat_template_kwargs)
         if self.dtype is not None:
             check_dtype(self.dtype)
 
@@ -56,12 +63,16 @@ def load_prompt(options: PromptOptions, inputs: dict[str, Any]) -> tuple[Any, An
     """Model, tokenizer and prompt; whether the prompt is there is known before the model loads."""
     prompt = SoftPrompt.from_pretrained(options.prompt_dir)
     name = inputs["model"] or prompt.base["name_or_path"]
+    given = options.chat_template_kwargs
     # The recorded choice to trust remote code is not taken over: a prompt may come from elsewhere.
     model, tokenizer = load_model(
-        name, dtype=inputs["dtype"] or "auto", trust_remote_code=options.trust_remote_code
+        name,
+        dtype=inputs["dtype"] or "auto",
+        trust_remote_code=options.trust_remote_code,
+        **prompt.template | ({} if given is None else {KWARGS: given}),
     )
     prompt.check_base(model)
-    prompt.check_tokenizer(tokenizer)
+    prompt.check_tokenizer(tokenizer, own_kwargs=given is not None)
     return model, tokenizer, prompt
 
 

@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args
 from jinja2.exceptions import TemplateError
 
 from ..utils.text import shortened
+from .chat_template import apply_template
 
 Placement = Literal["system", "prefix"]
 PLACEMENTS: tuple[str, ...] = get_args(Placement)
@@ -114,10 +115,10 @@ def has_chat_template(tokenizer: Any) -> bool:
     if getattr(tokenizer, "chat_template", None):
         return True
     try:
-        text = tokenizer.apply_chat_template([_ASKED], tokenize=False, add_generation_prompt=True)
+        text = apply_template(tokenizer, [_ASKED], tokenize=False, add_generation_prompt=True)
     except (AttributeError, ValueError):  # transformers says so where there is no template
         return False
-    encoded = tokenizer.apply_chat_template([_ASKED], tokenize=True, add_generation_prompt=True)
+    encoded = apply_template(tokenizer, [_ASKED], tokenize=True, add_generation_prompt=True)
     ids = encoded if isinstance(encoded, list) else encoded["input_ids"]
     if text_ids(tokenizer, text) != list(ids):
         raise ValueError(
@@ -228,8 +229,8 @@ def _render(
 ) -> str | None:
     """The rendered chat, or None where the template refuses the messages, with its reason."""
     try:
-        return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+        return apply_template(
+            tokenizer, messages, tokenize=False, add_generation_prompt=add_generation_prompt
         )
     except TEMPLATE_ERRORS as error:
         reasons.append(shortened(f"{type(error).__name__}: {error}", REASON_CHARACTERS))

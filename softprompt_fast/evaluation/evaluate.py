@@ -24,7 +24,7 @@ from ..student.soft_prompt import SoftPrompt
 from ..teacher.answers import Answer
 from ..teacher.examples import make_examples
 from ..teacher.teacher import Teacher
-from ..utils.text import pieces
+from ..utils.text import answer_text, pieces
 from .baselines import (
     CONDITIONS,
     CUT,
@@ -188,9 +188,7 @@ class Evaluation:
         queries, records = self.queries[:num_samples], self.records[:num_samples]
 
         def decode(answers) -> list[str]:
-            ids = [answer.ids for answer in answers]
-            texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-            return [text.strip() for text in texts]
+            return [answer_text(self.tokenizer, answer.ids) for answer in answers]
 
         # An answer of the data is not the teacher's: then it has to write its own.
         known = [

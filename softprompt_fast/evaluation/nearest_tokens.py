@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..base_model.output_head import input_embedding
+from ..utils.text import text_of
 
 NEIGHBOURS = 3
 # Token embeddings that are compared at a time.
@@ -46,7 +47,7 @@ def nearest_tokens(
         {
             "relative_norm": (vector.norm() / scale).item(),
             "tokens": [
-                {"text": tokenizer.decode([token]), "cosine": cosine}
+                {"text": text_of(tokenizer, [token]), "cosine": cosine}
                 for token, cosine in zip(row.tolist(), cosines.tolist(), strict=True)
             ],
         }

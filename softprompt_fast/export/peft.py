@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save
 
 from ..base_model.decoding import end_ids
+from ..data.chat_template import template_facts
 from ..data.queries import render_query, student_layout, text_ids, tokenize_query
 from ..student.model import SoftPromptModel
 from ..student.soft_prompt import PEFT_FILE, WEIGHTS_FILE, SoftPrompt
@@ -55,6 +56,7 @@ def export_peft(
         # ids are exact.
         text=text if text_ids(tokenizer, text) == ids else None,
         placeholder=QUESTION,
+        template=template_facts(tokenizer),
         end_ids=ends or None,
         pad_id=ends[0] if ends else 0,
         max_new_tokens=max_new_tokens,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from safetensors.torch import save
@@ -22,7 +23,7 @@ def export_safetensors(prompt: SoftPrompt, directory: Path, *, at: str, base: st
         "base_model_name_or_path": base,
         **{n: v for n, v in prompt.base.items() if n not in ("weights", "name_or_path")},
     }
-    metadata = {name: str(value) for name, value in facts.items()}
+    metadata = {n: v if isinstance(v, str) else json.dumps(v) for n, v in facts.items()}
     embedding = prompt.embedding.detach().cpu().contiguous()
     write_bytes(directory / SAFETENSORS_FILE, save({"prompt_embeddings": embedding}, metadata))
     return readme("safetensors", path=f"{at}/{SAFETENSORS_FILE}", placement=prompt.config.placement)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..base_model.decoding import end_ids
 from ..base_model.output_head import input_embedding
+from ..data.chat_template import DATE, DATE_STRING, KWARGS, server_kwargs, template_facts
 from ..data.queries import (
     Query,
     render_query,
@@ -59,6 +60,8 @@ def export_vllm(
         "repetition_penalty": 1.0,  # vLLM follows the checkpoint's own where none is given
         "stop_token_ids": end_ids(model.base, tokenizer),
     }
+    kwargs = server_kwargs(tokenizer)
+    chat_options = {KWARGS: kwargs} if kwargs else {}
     sample = [{"role": "user", "content": QUESTION}]
     system = None
     if _fits_chat(model, tokenizer, sample, tokenize_query(tokenizer, sample, "")):
@@ -76,7 +79,8 @@ def export_vllm(
         bodies = _bodies(model, tokenizer, record.messages, query, system)
         for api, body in bodies.items():
             written.append(f"{api}-{number:0{digits}}.json")
-            write_json(directory / written[-1], {**options, **body})
+            own = chat_options if api == "chat" else {}
+            write_json(directory / written[-1], {**options, **own, **body})
         if "chat" not in bodies:
             without_chat.append(number)
     return readme(
@@ -87,6 +91,8 @@ def export_vllm(
         requests=written[:2] if system else written[:1],
         system_file=SYSTEM_FILE if system else None,
         without_chat=without_chat if system else [],
+        chat_options=chat_options,
+        date=None if DATE_STRING in kwargs else template_facts(tokenizer).get(DATE),
     )
 
 

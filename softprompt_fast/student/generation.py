@@ -17,7 +17,7 @@ from ..data.queries import Query, student_layout
 from ..teacher.answers import Answer
 from ..teacher.examples import TrainingExample
 from ..teacher.teacher import Teacher
-from ..utils.text import INCOMPLETE
+from ..utils.text import INCOMPLETE, answer_text
 from .model import SoftPromptModel
 
 
@@ -56,10 +56,10 @@ def generate(
             more=max_new_tokens,
         ):
             written = _write(model, [queries[i] for i in part], rules)
-            decoded = tokenizer.batch_decode(written, skip_special_tokens=True)
+            decoded = [answer_text(tokenizer, ids) for ids in written]
             texts.update(zip(part, decoded, strict=True))
             progress.update(len(part))
-    return [texts[index].strip() for index in range(len(queries))]
+    return [texts[index] for index in range(len(queries))]
 
 
 def stream(
@@ -76,8 +76,8 @@ def stream(
     """
     model.check_length(query, max_new_tokens)
     rules = _rules(model, tokenizer, max_new_tokens, batch_size=1)
-    written = _write(model, [query], rules, streamer=Pieces(tokenizer, show))
-    return tokenizer.batch_decode(written, skip_special_tokens=True)[0].strip()
+    (written,) = _write(model, [query], rules, streamer=Pieces(tokenizer, show))
+    return answer_text(tokenizer, written)
 
 
 class Pieces(BaseStreamer):
@@ -105,11 +105,12 @@ class Pieces(BaseStreamer):
         self._show(self._text())
 
     def _text(self) -> str:
-        return self.tokenizer.decode(self.ids or [], skip_special_tokens=True).strip()
+        return answer_text(self.tokenizer, self.ids or [])
 
     def _show(self, text: str) -> None:
-        # A tokenizer may take back a space before a comma; it is not at the end of what is shown.
-        if len(text) > len(self.shown) and text.startswith(self.shown):
+        # Bytes that follow a character may show that it was none. What is shown cannot be taken
+        # back; what comes after it is shown all the same.
+        if len(text) > len(self.shown):
             self.show(text[len(self.shown) :])
             self.shown = text
 

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from ..base_model.checks import check_ids
 from ..base_model.fingerprint import base_facts, differences, tokenizer_facts
 from ..base_model.output_head import input_embedding
+from ..data.chat_template import DATE, KWARGS, recorded_template
 from ..data.queries import PLACEMENTS, Placement
 from ..utils.console import progress
 from ..utils.files import read_json, refuse_pickle, write_bytes, write_json
@@ -154,21 +155,40 @@ class SoftPrompt(nn.Module):
                 f"({self.base.get('name_or_path')!r}): {'; '.join(differing)}."
             )
 
-    def check_tokenizer(self, tokenizer: Any) -> None:
+    @property
+    def template(self) -> dict[str, Any]:
+        """What the chat template was given: the arguments of ``load_model`` that give it again."""
+        return recorded_template(self.base)
+
+    def check_tokenizer(self, tokenizer: Any, *, own_kwargs: bool = False) -> None:
         """Raises ValueError if chats are rendered otherwise than when the prompt was made; says it
-        where the tokenizer, or only the library that writes it down, is another one."""
-        changed = [
-            name
-            for name, digest in tokenizer_facts(tokenizer).items()
-            if self.base.get(name, digest) != digest
-        ]
-        if "chat_template" in changed:
+        where the tokenizer, or only the library that writes it down, is another one.
+
+        own_kwargs: the user asked for other variables of the template, which is said then.
+        """
+        now = tokenizer_facts(tokenizer)
+        self.check_template(now, own_kwargs=own_kwargs)
+        if self.base.get("tokenizer", now["tokenizer"]) != now["tokenizer"]:
+            progress("Note: the tokenizer is not the one that the soft prompt was trained with")
+
+    def check_template(self, now: dict[str, Any], *, own_kwargs: bool = False) -> None:
+        """The same of the template, by the facts ``now`` of a tokenizer or of another prompt."""
+        if "chat_template" not in self.base.keys() & now.keys():
+            return  # made without a tokenizer
+        if self.base["chat_template"] != now["chat_template"]:
             raise ValueError(
                 "The soft prompt was trained with another chat template than the model has now, "
                 "and would stand in other text. Restore the template, or train anew."
             )
-        if changed:
-            progress("Note: the tokenizer is not the one that the soft prompt was trained with")
+        for name in (KWARGS, DATE):
+            there, here = self.base.get(name), now.get(name)
+            # Prompts of before it was recorded have no date.
+            if there == here or (name == DATE and there is None):
+                continue
+            problem = f"was trained with {name} {there}, and not with {here}"
+            if name == DATE or not own_kwargs:
+                raise ValueError(f"The soft prompt {problem}: it would stand in other text.")
+            progress(f"Note: the soft prompt {problem}")
 
     def peft_config(self) -> dict[str, Any]:
         """What PEFT reads as adapter_config.json."""

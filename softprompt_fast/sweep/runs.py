@@ -17,7 +17,7 @@ from ..student.soft_prompt import SoftPrompt, SoftPromptConfig
 from ..teacher.cache import TeacherCache
 from ..training.arguments import SoftPromptTrainingArguments, TrainOptions
 from ..training.callbacks import StopOnSignal
-from ..training.run import train_prompt
+from ..training.run import checkpoint_to_go_on_from, train_prompt
 from ..training.run_directory import EVALUATION_FILE, RunDirectory, facts_of_run
 from ..training.setup import Data, Lessons, load, owned_directory, teach
 from ..utils.console import progress, say
@@ -36,6 +36,8 @@ class Run:
     directory: RunDirectory
     is_measured: bool
     student: SoftPromptModel = field(init=False)
+    checkpoint: Path | None = field(init=False, default=None)
+    """From which a run that is not finished goes on."""
 
     @property
     def path(self) -> Path:
@@ -72,14 +74,18 @@ def finish_runs(
     most = max(runs, key=lambda run: run.args.needs_teacher_states)
     options, args = most.options, most.args
     cache = TeacherCache(options.teacher_cache or directory.teacher_cache)
-    model, tokenizer = load(options, args)
-    untrained = []
+    untrained = [run for run in left if not run.directory.is_finished]
+    for run in untrained:
+        run.checkpoint = checkpoint_to_go_on_from(run.args, run.directory)
+    begun = [run.path if run.directory.is_finished else run.checkpoint for run in runs]
+    model, tokenizer = load(
+        options, args, [SoftPrompt.from_pretrained(path) for path in begun if path], cache
+    )
     for run in left:
-        if run.directory.is_finished:
-            prompt = SoftPrompt.from_pretrained(run.path, model)
-        else:
+        if run in untrained:
             prompt = SoftPrompt.from_model(model, tokenizer, run.config, data.first_context)
-            untrained.append(run)
+        else:
+            prompt = SoftPrompt.from_pretrained(run.path, model)
         run.student = SoftPromptModel(model, prompt)
     evaluation = Evaluation(
         model,
@@ -103,8 +109,15 @@ def finish_runs(
     for number, run in enumerate(left, 1):
         progress(f"{run.path.name}, {number} of {len(left)} runs that are left")
         if lessons is not None and run in untrained:
-            anew = options.overwrite_output_dir
-            code = train_prompt(run.student, lessons, run.args, run.directory, stop, anew=anew)
+            code = train_prompt(
+                run.student,
+                lessons,
+                run.args,
+                run.directory,
+                stop,
+                anew=options.overwrite_output_dir,
+                checkpoint=run.checkpoint,
+            )
             if code:
                 return code
         _measure(run, evaluation, facts)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..base_model.loading import check_dtype
+from ..data.chat_template import parse_kwargs
 from ..utils.console import closest
 from ..utils.errors import check_at_least
 from .kinds import KINDS
@@ -48,6 +49,9 @@ class SynthesizeOptions:
         default="auto",
         metadata={"help": "auto (the checkpoint's own), float32, bfloat16, float16"},
     )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "JSON object: variables of the model's chat template."}
+    )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run Python code that the model's repository brings."}
     )
@@ -75,6 +79,8 @@ class SynthesizeOptions:
                 raise ValueError(f"kinds must be of {', '.join(KINDS)}: got {kind!r}{hint}")
         self.kinds = [kind for kind in KINDS if kind in self.kinds]
         check_dtype(self.dtype)
+        # None is how directories of before it was an option read.
+        self.chat_template_kwargs = parse_kwargs(self.chat_template_kwargs) or None
 
     def num_held_out(self, num_queries: int) -> int:
         """Of so many; one is always left to train on."""

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from ..base_model.decoding import Sampling
 from ..base_model.loading import load_model
+from ..data.chat_template import DATE
 from ..data.queries import text_ids
 from ..teacher.facts import teacher_facts
 from ..teacher.teacher import Teacher
@@ -36,7 +37,11 @@ def run_synthesis(options: SynthesizeOptions, context: str, directory: Synthesis
     which began, or writes no query.
     """
     model, tokenizer = load_model(
-        options.model, dtype=options.dtype, trust_remote_code=options.trust_remote_code
+        options.model,
+        dtype=options.dtype,
+        trust_remote_code=options.trust_remote_code,
+        chat_template_kwargs=options.chat_template_kwargs,
+        chat_template_date=directory.read_state().get("model", {}).get(DATE),
     )
     teacher = Teacher(
         model, tokenizer, max_new_tokens=options.max_new_tokens, batch_size=options.batch_size

@@ -14,6 +14,7 @@ from ..base_model.checks import position_limit
 from ..base_model.decoding import Sampling
 from ..data.queries import Query, teacher_ids, text_ids, tokenize_answer, tokenize_query
 from ..teacher.teacher import Teacher
+from ..utils.text import text_of
 from .directory import SynthesisDirectory
 from .kinds import EXAMPLES, KINDS, asking_for
 from .plan import QueryPlan, Visit, number_of
@@ -172,8 +173,8 @@ class Writer:
 
     def _text(self, opening: list[int], ids: list[int]) -> str:
         ended = ids[-1] in self.teacher.end_ids
-        written = self.tokenizer.decode(opening + ids, skip_special_tokens=True)
-        return written + "\n" if ended else written
+        text = text_of(self.tokenizer, opening + ids, skip_special_tokens=True)
+        return text + "\n" if ended else text
 
 
 def completion(tokenizer: Any, ids: list[int], end_ids: Sequence[int]) -> str | None:
@@ -182,6 +183,6 @@ def completion(tokenizer: Any, ids: list[int], end_ids: Sequence[int]) -> str | 
     Training closes every answer that the data gives. One that was cut has no end, and would get one
     where the teacher goes on.
     """
-    text = tokenizer.decode(ids[:-1], clean_up_tokenization_spaces=False)
+    text = text_of(tokenizer, ids[:-1])
     same = text.strip() and tokenize_answer(tokenizer, text, end_ids) == ids
     return text if same else None

@@ -91,6 +91,13 @@ class TeacherCache(OwnedDirectory):
                 time.sleep(0 if wait else POLL_SECONDS)
         return [answer for shard in shards for answer in shard.answers]
 
+    def read_facts(self) -> dict[str, Any]:
+        """By which teacher it was filled; empty where there is none, or what says so is damaged."""
+        try:
+            return self.read_state()["facts"]
+        except (DamagedFile, FileNotFoundError):
+            return {}
+
     def _shard(self, queries: Sequence[Query], given: Sequence[list[int] | None]) -> _Shard:
         digest = queries_sha256(queries, given)
         path = self.path / f"shard-{digest[:32]}.safetensors"

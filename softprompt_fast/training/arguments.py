@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 
 from .. import backends
 from ..base_model.loading import check_dtype
+from ..data.chat_template import parse_kwargs
 from ..losses.options import check_options
 from ..utils.errors import check_at_least
 
@@ -175,6 +176,13 @@ class TrainOptions:
             "float32, bfloat16, float16"
         },
     )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "JSON object: variables of the model's chat template, such as "
+            '{"enable_thinking": false}.'
+        },
+    )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run Python code that the model's repository brings."}
     )
@@ -193,6 +201,7 @@ class TrainOptions:
     def __post_init__(self) -> None:
         check_at_least(self, 1, "max_new_tokens", "teacher_batch_size", "teacher_top_k")
         check_dtype(self.dtype)
+        self.chat_template_kwargs = parse_kwargs(self.chat_template_kwargs)
 
 
 # Options that change how a run is watched or where things lie, and not what comes out of it.
@@ -200,6 +209,7 @@ FREE_OPTIONS = frozenset(
     [
         *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "save_total_limit"),
         *("train_file", "context_file", "eval_file"),  # the first two are compared by content
+        "chat_template_kwargs",  # too
         *("teacher_cache", "shard_base"),
         *("disable_tqdm", "logging_strategy", "logging_steps", "logging_first_step", "log_level"),
         *("report_to", "run_name", "hub_token", "trust_remote_code", "find_lr"),

@@ -62,4 +62,5 @@ class CheckpointedTrainer(LoggedTrainer):
                 f"{directory} holds another kind of soft prompt: {saved.config}; "
                 f"this run trains {ours.config}."
             )
+        saved.check_template(ours.base)
         ours.load_state_dict(saved.state_dict())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from pathlib import Path
 
 import torch
 import transformers
@@ -23,6 +24,22 @@ from .setup import Lessons
 from .trainer import SoftPromptTrainer
 
 
+def checkpoint_to_go_on_from(
+    args: SoftPromptTrainingArguments, directory: RunDirectory
+) -> Path | None:
+    """The one that the user names, or else the last good one; None where there is none."""
+    if directory.overwrite:
+        return None
+    if args.resume_from_checkpoint is not None:
+        return Path(args.resume_from_checkpoint)
+    with warnings.catch_warnings(record=True) as skipped:
+        warnings.simplefilter("always", UserWarning)
+        checkpoint = last_good_checkpoint(directory.path)
+    for warning in skipped:
+        progress(str(warning.message))
+    return checkpoint
+
+
 def train_prompt(
     student: SoftPromptModel,
     lessons: Lessons,
@@ -31,10 +48,12 @@ def train_prompt(
     stop: StopOnSignal,
     *,
     anew: bool,
+    checkpoint: Path | None,
 ) -> int:
     """Trains ``student.prompt``, or goes on with it, and saves it; the exit code.
 
-    anew: the user asked for it, so the same command would not go on after a stop.
+    anew: the user asked for it, so the same command would not go on after a stop. checkpoint: as
+    ``checkpoint_to_go_on_from`` found it before.
     """
     trainer = _make_trainer(student, lessons, args, stop)
     baselines = Baselines(trainer, lessons.teacher, lessons.train_set)
@@ -42,7 +61,7 @@ def train_prompt(
     directory.start()
     trainer.accelerator.wait_for_everyone()
 
-    first_step, seconds = _train(trainer, _checkpoint_to_go_on_from(args, directory), directory)
+    first_step, seconds = _train(trainer, checkpoint, directory)
     if stop.received is not None and trainer.state.global_step < trainer.state.max_steps:
         _write_log(trainer, directory)
         _say_how_to_go_on(trainer, directory, anew=anew)
@@ -82,27 +101,12 @@ def _make_trainer(
     return trainer
 
 
-def _checkpoint_to_go_on_from(
-    args: SoftPromptTrainingArguments, directory: RunDirectory
-) -> str | None:
-    """The one that the user names, or else the last good one; None where there is none."""
-    checkpoint = args.resume_from_checkpoint
-    if checkpoint is None:
-        with warnings.catch_warnings(record=True) as skipped:
-            warnings.simplefilter("always", UserWarning)
-            last = last_good_checkpoint(directory.path)
-            checkpoint = None if last is None else str(last)
-        for warning in skipped:
-            progress(str(warning.message))
-    if checkpoint is not None:
-        progress(f"Going on from {checkpoint}")
-    return checkpoint
-
-
 def _train(
-    trainer: SoftPromptTrainer, checkpoint: str | None, directory: RunDirectory
+    trainer: SoftPromptTrainer, checkpoint: Path | None, directory: RunDirectory
 ) -> tuple[int, float]:
     """To the last step, or to the one at which a signal comes: the first step, and the seconds."""
+    if checkpoint is not None:
+        progress(f"Going on from {checkpoint}")
     shown = TrainingProgress(show_bar=not trainer.args.disable_tqdm)
     for wordy in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(wordy)
@@ -111,7 +115,7 @@ def _train(
     started = time.perf_counter()
     try:
         with named_failures(directory.path):
-            trainer.train(resume_from_checkpoint=checkpoint)
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except FloatingPointError:
         _write_log(trainer, directory)
         raise

@@ -5,16 +5,19 @@ from __future__ import annotations
 import atexit
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel, set_seed
 
 from ..base_model.loading import load_model
 from ..base_model.output_head import OutputHead
+from ..data.chat_template import DATE, KWARGS, today
 from ..data.records import Record, read_jsonl, read_text
 from ..student.model import SoftPromptModel
 from ..student.soft_prompt import SoftPrompt, SoftPromptConfig
@@ -93,6 +96,8 @@ def owned_directory(
     inputs = run_inputs(options)
     decisive = {name: value for name, value in changed.items() if name not in FREE_OPTIONS}
     decisive["model"] = inputs["model"]
+    if options.chat_template_kwargs:  # however the JSON was written
+        decisive[KWARGS] = options.chat_template_kwargs
     for name in ("train_file", "context_file"):
         if data.digests[name] is not None:
             decisive[f"{name}_sha256"] = data.digests[name]
@@ -117,19 +122,38 @@ def prepare(
     config: SoftPromptConfig,
     args: SoftPromptTrainingArguments,
     data: Data,
+    checkpoint: Path | None = None,
 ) -> tuple[SoftPromptModel, Lessons]:
-    """The model with a new soft prompt, and what it is to learn."""
+    """The model with a new soft prompt, and what it is to learn.
+
+    checkpoint: from which the run will go on. Raises ValueError before the teacher's work if its
+    prompt was begun with another model or chat template.
+    """
     if args.world_size > 1:
         atexit.register(_leave_process_group)
     cache = None if options.teacher_cache is None else TeacherCache(options.teacher_cache)
-    model, tokenizer = load(options, args)
+    begun = [] if checkpoint is None else [SoftPrompt.from_pretrained(checkpoint)]
+    model, tokenizer = load(options, args, begun, cache)
     prompt = SoftPrompt.from_model(model, tokenizer, config, data.first_context)
     student = SoftPromptModel(model, prompt)  # what it checks comes before the teacher's work
     return student, teach(model, tokenizer, options, args, data, cache)
 
 
-def load(options: TrainOptions, args: SoftPromptTrainingArguments) -> tuple[PreTrainedModel, Any]:
-    """The frozen model and its tokenizer."""
+def load(
+    options: TrainOptions,
+    args: SoftPromptTrainingArguments,
+    begun: Sequence[SoftPrompt],
+    cache: TeacherCache | None,
+) -> tuple[PreTrainedModel, Any]:
+    """The frozen model and its tokenizer, whose chat template prints the date that it printed for
+    the prompts that are ``begun``, or for what is in the ``cache``.
+
+    Raises ValueError if the prompts were begun with another model or chat template.
+    """
+    recorded = [prompt.template for prompt in begun] + [cache.read_facts() if cache else {}]
+    dates = [facts[DATE] for facts in recorded if DATE in facts]
+    # As the first process has it: at midnight, others may have another day.
+    (date,) = broadcast_object_list([dates[0] if dates else today()])
     set_seed(args.seed)
     model, tokenizer = load_model(
         options.model,
@@ -137,7 +161,12 @@ def load(options: TrainOptions, args: SoftPromptTrainingArguments) -> tuple[PreT
         device=args.device,
         trust_remote_code=options.trust_remote_code,
         shard=options.shard_base and args.world_size > 1,
+        chat_template_kwargs=options.chat_template_kwargs,
+        chat_template_date=date,
     )
+    for prompt in begun:
+        prompt.check_base(model)
+        prompt.check_tokenizer(tokenizer)
     progress(f"The model computes in {str(model.dtype).removeprefix('torch.')} on {model.device}")
     return model, tokenizer
 

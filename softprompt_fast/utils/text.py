@@ -10,6 +10,20 @@ from typing import Any
 INCOMPLETE = "\ufffd"
 
 
+def text_of(tokenizer: Any, ids: Sequence[int], **options: Any) -> str:
+    """The text of ``ids`` as it is, to which every further token only adds.
+
+    A tokenizer may be set to rewrite it: "it ' s" becomes "it's" (clean_up_tokenization_spaces).
+    Versions of transformers do so for other tokenizers, and not in all of their functions.
+    """
+    return tokenizer.decode(ids, clean_up_tokenization_spaces=False, **options)
+
+
+def answer_text(tokenizer: Any, ids: Sequence[int]) -> str:
+    """What a model wrote, without special tokens and the white space around it."""
+    return text_of(tokenizer, ids, skip_special_tokens=True).strip()
+
+
 def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """What each token adds to the text of all, which the pieces make up.
 
@@ -17,7 +31,7 @@ def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """
     texts = [""]
     for end in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[:end])
+        text = text_of(tokenizer, ids[:end])
         whole = end == len(ids) or not text.endswith(INCOMPLETE)
         texts.append(text if whole else texts[-1])
     return [after[len(before) :] for before, after in pairwise(texts)]

@@ -9,6 +9,7 @@ import re
 
 import pytest
 import torch
+from clock import TEMPLATE, set_day
 from safetensors import safe_open
 from toy import CHAT_TEMPLATE, make_model, make_tokenizer
 from toy_run import QUESTIONS, write_lines
@@ -29,7 +30,9 @@ OWN_SYSTEM = {"role": "system", "content": "Be brief."}
 class Toy:
     """A saved model, a saved prompt for it, and the command that exports the prompt."""
 
-    def __init__(self, folder, architecture="llama", placement="system", template=CHAT_TEMPLATE):
+    def __init__(
+        self, folder, architecture="llama", placement="system", template=CHAT_TEMPLATE, **bound
+    ):
         self.folder = folder
         tokenizer = make_tokenizer.__wrapped__()
         tokenizer.chat_template = template
@@ -38,7 +41,7 @@ class Toy:
         model.generation_config.repetition_penalty = 5.0
         model.save_pretrained(folder / "model")
         tokenizer.save_pretrained(folder / "model")
-        self.base, self.tokenizer = load_model(str(folder / "model"))
+        self.base, self.tokenizer = load_model(str(folder / "model"), **bound)
         config = SoftPromptConfig(
             num_virtual_tokens=4, prompt_tuning_init="random", placement=placement
         )
@@ -110,13 +113,15 @@ def test_peft_gives_the_same_answers(tmp_path, capsys, architecture, placement):
 
 def test_peft_where_text_that_goes_on_is_other_tokens(tmp_path, monkeypatch):
     """Then the ids come from here; the text alone would be read as something else."""
-    toy = Toy(tmp_path)
+    set_day(monkeypatch, "2026-11-27")
+    toy = Toy(tmp_path, template=TEMPLATE, chat_template_kwargs={"enable_thinking": False})
     monkeypatch.setattr("softprompt_fast.export.peft.text_ids", lambda tokenizer, text: [])
     assert toy.export("peft") == 0
     readme = (tmp_path / "out/README.md").read_text()
     code = re.search(r"```python\n(.*)```", readme, re.DOTALL)[1]
     assert "from softprompt_fast.data.queries import tokenize_query" in code
     found = []
+    set_day(monkeypatch, "2026-11-28")
     exec(code, {"print": found.append})
     assert [found[0].strip()] == toy.answers([user("Hi")])
 
@@ -146,10 +151,14 @@ def as_vllm_renders(toy, body) -> torch.Tensor:
     assert body["messages"][0]["role"] == "system"
     prompt = as_vllm_reads(parts[0][0]["data"])
     tokenizer = make_tokenizer.__wrapped__()
+    tokenizer.chat_template = toy.tokenizer.chat_template
     tokenizer.add_special_tokens({"additional_special_tokens": ["<prompt_embeds>"]})
     held = {"role": "system", "content": "<prompt_embeds>" * len(prompt)}
     ids = tokenizer.apply_chat_template(
-        [held, *body["messages"][1:]], add_generation_prompt=True, return_dict=False
+        [held, *body["messages"][1:]],
+        add_generation_prompt=True,
+        return_dict=False,
+        **body.get("chat_template_kwargs", {}),
     )
     ids = torch.tensor(ids)
     is_prompt = ids == tokenizer.convert_tokens_to_ids("<prompt_embeds>")
@@ -176,6 +185,30 @@ def test_vllm_chats_hold_the_prompt_as_the_system_message(tmp_path, capsys):
     assert not (tmp_path / "out/chat-2.json").exists()
     assert "Not there as a chat, for their own system message: 2." in capsys.readouterr().out
     assert toy.read("system_message.json") == chats[1]["messages"][0]
+
+
+def test_vllm_is_told_what_the_chat_template_was_given(tmp_path, monkeypatch, capsys):
+    set_day(monkeypatch, "2026-11-27")
+    toy = Toy(tmp_path, template=TEMPLATE, chat_template_kwargs={"enable_thinking": False})
+    expected = toy.answers([user("Hi")])[0]
+    set_day(monkeypatch, "2026-11-28")
+    assert toy.export("vllm", "Hi") == 0
+    assert toy.answers_to(as_vllm_reads(toy.read("completion-1.json")["prompt_embeds"])) == expected
+    body = toy.read("chat-1.json")
+    given = {"enable_thinking": False, "date_string": "27 Nov 2026"}
+    assert body["chat_template_kwargs"] == given
+    assert toy.answers_to(as_vllm_renders(toy, body)) == expected
+    assert "chat_template_kwargs" not in toy.read("completion-1.json")
+    (line,) = re.findall("has to be sent with `(.*)`", capsys.readouterr().out)
+    assert json.loads(f"{{{line}}}") == {"chat_template_kwargs": given}
+
+
+def test_vllm_has_a_clock_of_its_own_where_the_template_takes_no_day(tmp_path, capsys):
+    template = CHAT_TEMPLATE.replace("assistant\n", "assistant {{ strftime_now('%x') }}\n")
+    toy = Toy(tmp_path, template=template, chat_template_date="2026-11-27")
+    assert toy.export("vllm", "Hi") == 0
+    assert "Completions hold that of the training, 2026-11-27;" in capsys.readouterr().out
+    assert "chat_template_kwargs" not in toy.read("chat-1.json")
 
 
 def test_vllm_without_a_question_gets_the_message_alone(tmp_path, capsys):
@@ -211,6 +244,15 @@ def test_a_safetensors_file_is_read_by_safetensors_alone(tmp_path, monkeypatch):
             "num_attention_heads": "4",
             **tokenizer_facts(toy.tokenizer),
         }
+
+
+def test_a_safetensors_file_says_what_the_chat_template_was_given(tmp_path):
+    toy = Toy(tmp_path, template=TEMPLATE, chat_template_kwargs={"enable_thinking": False})
+    assert toy.export("safetensors") == 0
+    with safe_open(tmp_path / "out/soft_prompt.safetensors", "pt") as file:
+        facts = file.metadata()
+    assert json.loads(facts["chat_template_kwargs"]) == {"enable_thinking": False}
+    assert facts["chat_template_date"] == toy.prompt.template["chat_template_date"]
 
 
 def test_an_export_replaces_nothing_and_leaves_nothing_half_done(tmp_path, capsys, monkeypatch):

@@ -22,6 +22,8 @@ VLLM = {
     "requests": ["completion-1.json", "chat-1.json"],
     "system_file": "system_message.json",
     "without_chat": [],
+    "chat_options": {},
+    "date": None,
 }
 
 

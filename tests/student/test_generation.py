@@ -6,15 +6,17 @@ import signal
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from toy import PADDING_SENSITIVE, make_model, make_tokenizer
 from toy_run import CONTEXT, NEW_TOKENS, QUESTIONS, save_toy_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from softprompt_fast.cli.main import main
 from softprompt_fast.data.queries import tokenize_query
 from softprompt_fast.student.generation import Pieces, generate, stream
 from softprompt_fast.student.model import SoftPromptModel
 from softprompt_fast.student.soft_prompt import SoftPrompt, SoftPromptConfig
+from softprompt_fast.utils.text import answer_text
 
 
 def make_student(model, num_virtual_tokens=4, **options):
@@ -87,19 +89,52 @@ def test_a_streamed_answer_is_the_answer():
         assert "".join(streamed) == answer
 
 
-@pytest.mark.parametrize("space", ["", " \n\t "])
-def test_a_piece_ends_at_a_character(space):
-    text = "Grüße an 漢字, 🚴🏽 or e\u0301!\n\nSo  it\x1b[2J is \U0001f469\u200d\U0001f527."
-    tokenizer, pieces = make_tokenizer(), []
+def streamed_by(tokenizer, ids) -> list[str]:
+    pieces: list[str] = []
     streamer = Pieces(tokenizer, pieces.append)
     streamer.put(torch.tensor([[1, 2, 3]]))  # the query
-    for token in tokenizer(space + text + space + "<|end|>")["input_ids"]:
+    for token in ids:
         streamer.put(torch.tensor([token]))
     assert pieces, "nothing came before the end"
     streamer.end()
+    return pieces
+
+
+@pytest.mark.parametrize("space", ["", " \n\t "])
+def test_a_piece_ends_at_a_character(space):
+    text = "Grüße an 漢字, 🚴🏽 or e\u0301!\n\nSo  it\x1b[2J is \U0001f469\u200d\U0001f527."
+    tokenizer = make_tokenizer()
+    pieces = streamed_by(tokenizer, tokenizer(space + text + space + "<|end|>")["input_ids"])
     assert "".join(pieces) == text
     assert "\ufffd" not in "".join(pieces)
     assert len(pieces) > 10
+
+
+@pytest.mark.parametrize("cleans_up", [True, False])
+def test_what_is_shown_is_never_rewritten(cleans_up):
+    """Words and signs apart, which transformers joins afterwards if the tokenizer says so."""
+    tokens = ["it", "'", "s", "a", "word", ",", "do", "##ing", ".", "[UNK]"]
+    core = Tokenizer(models.WordPiece({t: i for i, t in enumerate(tokens)}, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    core.decoder = decoders.WordPiece(prefix="##")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="[UNK]", clean_up_tokenization_spaces=cleans_up
+    )
+    ids = tokenizer("it's a word, doing.")["input_ids"]
+    shown = streamed_by(tokenizer, ids)
+    assert shown == ["it", " '", " s", " a", " word", ",", " do", "ing", "."]
+    assert "".join(shown) == answer_text(tokenizer, ids)
+
+
+def test_bytes_that_turn_out_to_be_no_character_end_no_stream():
+    tokens = ["a", "b", *(f"<0x{byte:02X}>" for byte in range(256))]
+    core = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, [], byte_fallback=True))
+    core.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core)
+    begun = tokenizer.convert_tokens_to_ids(["a", "<0xC3>", "<0xA9>", "<0xE4>", "b", "a"])
+    assert answer_text(tokenizer, begun[:3]) == "a\u00e9"
+    assert answer_text(tokenizer, begun).endswith("ba")
+    assert "".join(streamed_by(tokenizer, begun)).endswith("ba")
 
 
 @pytest.fixture

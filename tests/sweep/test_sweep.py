@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from clock import TEMPLATE, set_day
 from rich.console import Console
 from toy_run import train_flags, write_lines
 
@@ -165,6 +166,29 @@ def test_only_what_is_missing_is_made_again(folder, asked, tmp_path):
     assert without_seconds(curves[0]) == without_seconds(curves[1])
     assert (directory / "nll_P2" / WEIGHTS).stat().st_mtime_ns == trained
     assert asked["train.jsonl"] == 0
+
+
+def test_a_sweep_goes_on_with_the_template_and_the_day_it_began_with(
+    folder, tmp_path, monkeypatch, capsys
+):
+    model = shutil.copytree(folder / "model", tmp_path / "model")
+    template = model / "chat_template.jinja"
+    template.write_text(TEMPLATE)
+    flags = [*sweep_flags(folder), f"--model={model}", f"--output_dir={tmp_path / 'sweep'}"]
+    flags += ["--objective", "nll"]
+    set_day(monkeypatch, "2026-11-27")
+    assert main(flags) == 0
+    before = {run: (tmp_path / "sweep" / run / WEIGHTS).read_bytes() for run in RUNS[::2]}
+    set_day(monkeypatch, "2026-11-28")
+    shutil.rmtree(tmp_path / "sweep/nll_P4")
+    shutil.rmtree(tmp_path / "sweep/teacher_cache")
+    assert main(flags) == 0
+    assert before == {run: (tmp_path / "sweep" / run / WEIGHTS).read_bytes() for run in RUNS[::2]}
+    (tmp_path / "sweep/nll_P2/evaluation.json").unlink()
+    template.write_text(TEMPLATE.replace("assistant", "helper"))
+    capsys.readouterr()
+    assert main(flags) == 1
+    assert "error: The soft prompt was trained with another chat temp" in capsys.readouterr().err
 
 
 def test_a_finished_sweep_loads_no_model_unless_it_has_to_measure(folder, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import shutil
 import pytest
 import torch
 import toy
+from clock import TEMPLATE, set_day
 from hypothesis import given
 from hypothesis import strategies as st
 from killing import Fate, in_child
@@ -19,6 +20,7 @@ from softprompt_fast.base_model.decoding import Sampling
 from softprompt_fast.cli.main import main
 from softprompt_fast.data.queries import tokenize_answer
 from softprompt_fast.data.records import read_jsonl
+from softprompt_fast.synthesis import run as synthesis_run
 from softprompt_fast.synthesis.chunks import cut_into_chunks
 from softprompt_fast.synthesis.directory import JOURNAL_FILE
 from softprompt_fast.synthesis.filters import (
@@ -367,6 +369,30 @@ def test_a_model_that_has_changed_is_refused(flags, stopped, made, tmp_path, cap
         shutil.rmtree(made / "model", ignore_errors=True)
         (made / "kept").rename(made / "model")
     assert "holds queries by another model: weights: " in capsys.readouterr().err
+
+
+def test_it_goes_on_with_the_day_it_began_with(flags, made, tmp_path, monkeypatch, capsys):
+    model = shutil.copytree(made / "model", tmp_path / "model")
+    (model / "chat_template.jinja").write_text(TEMPLATE)
+    options = {"model": model, "chat_template_kwargs": '{"enable_thinking": false}'}
+    set_day(monkeypatch, "2026-11-27")
+    answers = synthesis_run.answer_queries
+    assert main(flags(tmp_path / "whole", **options)) == 0
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(synthesis_run, "answer_queries", interrupted)
+    assert main(flags(tmp_path / "halted", **options)) == 130
+    monkeypatch.setattr(synthesis_run, "answer_queries", answers)
+    set_day(monkeypatch, "2026-11-28")
+    capsys.readouterr()
+    assert main(flags(tmp_path / "halted", **options)) == 0
+    assert "is given 2026-11-27 from now on" in capsys.readouterr().err
+    assert contents(tmp_path / "halted") == contents(tmp_path / "whole")
+    assert main(flags(tmp_path / "halted", model=model)) == 1
+    difference = "chat_template_kwargs: {'enable_thinking': False} there, None now"
+    assert difference in capsys.readouterr().err
 
 
 def test_a_damaged_journal_is_named_with_its_line(flags, stopped, capsys):

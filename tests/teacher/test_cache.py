@@ -119,6 +119,8 @@ STALE = {
     "config": another_config,
     "tokenizer": another_tokenizer,
     "chat_template": lambda: another_tokenizer(chat_template=f"{CHAT_TEMPLATE} "),
+    "chat_template_kwargs": lambda: another_tokenizer(chat_template_kwargs={"a": 1}),
+    "chat_template_date": lambda: another_tokenizer(chat_template_date="2026-11-27"),
     "context": lambda: dict(context="Closed for good."),
     "max_new_tokens": lambda: dict(max_new_tokens=4),
     "do_sample": lambda: dict(do_sample=True),

@@ -6,7 +6,7 @@ from ...student.soft_prompt import SoftPromptConfig
 from ...training.arguments import SoftPromptTrainingArguments, TrainOptions
 from ...training.lr_finder import find_lr
 from ...training.preflight import check_arguments, check_data
-from ...training.run import train_prompt
+from ...training.run import checkpoint_to_go_on_from, train_prompt
 from ...training.setup import owned_directory, prepare, read_data
 from ...utils.console import say
 from ..command import Command, Invocation
@@ -35,9 +35,17 @@ def train(
             say(f"{directory.path} holds the soft prompt of this run: nothing is left to train.")
             say("Pass --overwrite_output_dir to train anew.")
             return 0
-        student, lessons = prepare(options, config, args, data)
-        anew = options.overwrite_output_dir
-        return train_prompt(student, lessons, args, directory, invocation.stop, anew=anew)
+        checkpoint = checkpoint_to_go_on_from(args, directory)
+        student, lessons = prepare(options, config, args, data, checkpoint)
+        return train_prompt(
+            student,
+            lessons,
+            args,
+            directory,
+            invocation.stop,
+            anew=options.overwrite_output_dir,
+            checkpoint=checkpoint,
+        )
 
 
 COMMAND = Command(

@@ -2,6 +2,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 # {% if text is none %}
+from softprompt_fast.data.chat_template import bind_template
 from softprompt_fast.data.queries import tokenize_query
 # {% endif %}
 
@@ -12,6 +13,7 @@ base.generation_config = GenerationConfig(eos_token_id={{ end_ids }}, pad_token_
 model = PeftModel.from_pretrained(base, {{ path | repr }})
 
 # {% if text is none %}
+bind_template(tokenizer, **{{ template | repr }})
 query = tokenize_query(tokenizer, [{"role": "user", "content": question}], "")
 ids = torch.tensor([query.after])
 # {% else %}
