@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, set_seed
 
 from ..base_model.loading import load_model
 from ..base_model.output_head import OutputHead
+from ..data.queries import tokenize_query
 from ..data.records import Record, read_jsonl, read_text
 from ..student.model import SoftPromptModel
 from ..student.soft_prompt import SoftPrompt, SoftPromptConfig
@@ -124,8 +125,17 @@ def prepare(
     cache = None if options.teacher_cache is None else TeacherCache(options.teacher_cache)
     model, tokenizer = load(options, args)
     prompt = SoftPrompt.from_model(model, tokenizer, config, data.first_context)
-    student = SoftPromptModel(model, prompt)  # what it checks comes before the teacher's work
+    student = SoftPromptModel(model, prompt)
+    check_queries(student, tokenizer, data)
     return student, teach(model, tokenizer, options, args, data, cache)
+
+
+def check_queries(student: SoftPromptModel, tokenizer: Any, data: Data) -> None:
+    """Raises ValueError naming a query that the student cannot read: before the teacher's work,
+    which may take hours."""
+    for record in (*data.records, *data.eval_records):
+        query = tokenize_query(tokenizer, record.messages, "", source=record.source)
+        student.check_length(query, answer_tokens=1)
 
 
 def load(options: TrainOptions, args: SoftPromptTrainingArguments) -> tuple[PreTrainedModel, Any]:
