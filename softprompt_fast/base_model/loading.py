@@ -116,6 +116,8 @@ def load_model(
         if dtype == "auto" and not is_native(model.dtype, device):
             model = model.float()
         model = shard_base(model, device) if shard else model.to(device)
+    elif quantization(model.config) is not None and getattr(model, "hf_quantizer", None) is None:
+        raise ValueError(f"model {name!r} is quantised in a way that is not known here: {method!r}")
     elif dtype not in ("auto", str(model.dtype).removeprefix("torch.")):
         raise ValueError(
             f"model {name!r} was quantised ({method}) to compute in {model.dtype}, and dtype "

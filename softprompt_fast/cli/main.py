@@ -56,6 +56,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     if sys.stderr is None:  # closed by the shell: 2>&-
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull)  # noqa: SIM115
     if sys.stdout is None:
         _complain("standard output is closed, so that results would be lost; try > /dev/null")
         return 1

@@ -59,6 +59,13 @@ def run_command(name: str, arguments: list[str], given: dict[str, Any]) -> int:
 def _finish_training_arguments(values: dict[str, Any]) -> None:
     if not values["output_dir"]:
         raise OptionError("the following arguments are required: --output_dir")
+    # transformers looks at LOCAL_RANK alone, and then misses the others.
+    missing = [n for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if n not in os.environ]
+    if missing and ("LOCAL_RANK" in os.environ or launched_processes() > 1):
+        raise OptionError(
+            f"the environment has some of RANK, WORLD_SIZE and LOCAL_RANK, but no {missing[0]}: "
+            "unset them if something else left them over, or start the processes with torchrun"
+        )
     # Left open, it would follow the verbosity, which is low here for the sake of a clean screen.
     values["disable_tqdm"] = bool(values["disable_tqdm"])
 

@@ -6,7 +6,7 @@ import gzip
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 GZIP, PARQUET = b"\x1f\x8b", b"PAR1"
 NO_TEXT = {
@@ -18,6 +18,8 @@ NO_TEXT = {
     b"\xfd7zXZ": "packed by xz: unpack it first",
     b"ARROW1": "an Arrow file: write it as Parquet or JSON Lines",
     b"SQLite": "a database: write it as JSON Lines",
+    b"{\\rtf": "an RTF document: take the text out of it first",
+    b"version https://git-lfs": "a pointer of Git LFS: git lfs pull gets the file itself",
 }
 
 
@@ -28,15 +30,14 @@ def opened(path: Any) -> Iterator[tuple[BinaryIO, bool]]:
     Raises ValueError naming the file where it is no text, or where it is damaged.
     """
     with open(path, "rb") as file:
-        first = file.peek(8)  # what is read from a pipe does not come again
-        for signature, what in NO_TEXT.items():
-            if first.startswith(signature):
-                raise ValueError(f"{path} is {what}.")
-        if not first.startswith(GZIP):
-            yield file, first.startswith(PARQUET)
-            return
+        # Peeked: what is read from a pipe does not come again.
+        stream: Any = gzip.GzipFile(fileobj=file) if file.peek(2).startswith(GZIP) else file
         try:
-            yield cast(BinaryIO, gzip.GzipFile(fileobj=file)), False
+            first = stream.peek(32)
+            for signature, what in NO_TEXT.items():
+                if first.startswith(signature):
+                    raise ValueError(f"{path} is {what}.")
+            yield stream, first.startswith(PARQUET)
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise ValueError(f"{path} is damaged: {error}") from None
 
@@ -45,13 +46,14 @@ def parquet_rows(file: BinaryIO, path: Any) -> Iterator[dict[str, Any]]:
     """The rows of a Parquet file, without the fields that they leave empty."""
     try:
         from pyarrow import ArrowException, parquet
-    except ImportError:
+    except ImportError as error:  # there is none, or one for another NumPy
         raise ValueError(
-            f"{path} is a Parquet file: pip install pyarrow, or write it as JSON Lines."
+            f"{path} is a Parquet file: pip install pyarrow, or write it as JSON Lines ({error})"
         ) from None
     try:
         for batch in parquet.ParquetFile(file).iter_batches(batch_size=256):
             for row in batch.to_pylist():
                 yield {name: value for name, value in row.items() if value is not None}
-    except (ArrowException, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
+    except (ArrowException, OverflowError, OSError, ValueError) as error:
+        # damaged, or with a date that Python does not know
+        raise ValueError(f"{path} cannot be read as Parquet: {error}") from None

@@ -20,8 +20,9 @@ from ..utils.text import shortened
 
 FIELDS = ("prompt", "messages", "completion", "context")
 ANSWERS = ("completion", "response", "answer")
-# Ours or a plain word: a name this close to one of ours is a misspelling of it.
-KNOWN, CLOSE = (*FIELDS, "content"), 0.85
+READ = (*FIELDS, *ANSWERS[1:], "system")
+# Read or a plain word: a name this close to one that is read is a misspelling of it.
+KNOWN, CLOSE = (*READ, "content"), 0.85
 QUOTED_CHARACTERS = 200
 
 SPEAKERS = {
@@ -33,12 +34,17 @@ SPEAKERS = {
 # Fields that say something about the query or its answer, and the one of ours that comes nearest.
 REFUSED = {
     **dict.fromkeys(("question", "query", "instruction", "input", "inputs", "text"), "prompt"),
-    **dict.fromkeys(("dialog", "dialogue", "conversation", "history"), "messages"),
+    **dict.fromkeys(("dialog", "dialogue", "conversation", "conversations"), "messages"),
+    **dict.fromkeys(("history", "chat"), "messages"),
     **dict.fromkeys(("output", "outputs", "target", "targets", "label", "labels"), "completion"),
     **dict.fromkeys(("chosen", "rejected", "solution", "assistant"), "completion"),
-    **dict.fromkeys(("system_prompt", "system_message"), "system"),
-    **dict.fromkeys(("document", "passage"), "context"),
-    **dict.fromkeys(("tools", "functions", "tool_calls", "images", "image", "audio"), None),
+    **dict.fromkeys(("expected", "expected_output", "expected_answer"), "completion"),
+    **dict.fromkeys(("reference", "reference_answer", "ground_truth"), "completion"),
+    **dict.fromkeys(("gold", "gold_answer", "reply"), "completion"),
+    **dict.fromkeys(("system_prompt", "system_message", "instructions"), "system"),
+    **dict.fromkeys(("document", "documents", "passage", "passages"), "context"),
+    **dict.fromkeys(("tools", "functions", "tool_calls", "function_call"), None),
+    **dict.fromkeys(("images", "image", "audio"), None),
 }
 # What a message holds beside its role and its content, for the chat template.
 PASSED_ON = ("tool_calls", "tool_call_id", "name")
@@ -51,10 +57,12 @@ def standard(value: dict[str, Any], source: str) -> tuple[dict[str, Any], list[s
     """
     value = dict(value)
     for key in value:
-        close = difflib.get_close_matches(key.lower(), FIELDS, n=1, cutoff=CLOSE)
+        close = difflib.get_close_matches(key.lower(), READ, n=1, cutoff=CLOSE)
         if key not in KNOWN and close:
             raise ValueError(f"{source}: unknown field {quoted(key)}; did you mean {close[0]!r}?")
     asked = [name for name in ("prompt", "messages") if value.get(name) is not None]
+    if len(asked) == 1:  # the other one may be there as null
+        value.pop("messages" if asked == ["prompt"] else "prompt", None)
     if "conversations" in value and not asked:
         value["messages"] = _messages_of_turns(value.pop("conversations"), source)
     elif "instruction" in value and not asked:
@@ -62,15 +70,29 @@ def standard(value: dict[str, Any], source: str) -> tuple[dict[str, Any], list[s
     _read_answer(value, source)
     _read_system(value, source)
     for key in value:
-        if key in REFUSED and value[key] not in (None, "", [], {}):
-            near = REFUSED[key]
+        if key.lower() in REFUSED and value[key] not in (None, "", [], {}):
+            near = REFUSED[key.lower()]
             advice = f"rename it to {near!r}, or leave it out" if near else "leave it out"
             raise ValueError(
                 f"{source}: the field {quoted(key)} is not read, and the answer may hang on it: "
                 f"{advice}"
             )
-    ignored = [key for key in value if key not in FIELDS]
+    ignored = [key for key in value if key not in FIELDS] + _ignored_of_messages(value)
     return {key: value[key] for key in value if key in FIELDS}, ignored
+
+
+def _ignored_of_messages(value: dict[str, Any]) -> list[str]:
+    lists = [(name, value[name]) for name in FIELDS if isinstance(value.get(name), list)]
+    return sorted(
+        {
+            f"{name}[].{key}"
+            for name, messages in lists
+            for message in messages
+            if isinstance(message, dict)
+            for key in message
+            if key not in ("role", "content", *PASSED_ON) and message[key] is not None
+        }
+    )
 
 
 def _read_alpaca(value: dict[str, Any], source: str) -> None:
@@ -132,7 +154,9 @@ def _messages_of_turns(turns: Any, source: str) -> Any:
                 f"{source}: '{where}.from' must be one of {', '.join(SPEAKERS)}; "
                 f"got {quoted(speaker)}"
             )
-        messages.append({"role": SPEAKERS[speaker], "content": turn.get("value")})
+        said = turn.get("value", turn.get("content"))
+        rest = {name: turn[name] for name in turn if name not in ("from", "value")}
+        messages.append({**rest, "role": SPEAKERS[speaker], "content": said})
     return messages
 
 
@@ -171,5 +195,5 @@ def quoted(value: Any) -> str:
 
 def kind(value: Any) -> str:
     """The JSON name of a value's type."""
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", bytes: "bytes"}
     return names.get(type(value), "null" if value is None else "a number")

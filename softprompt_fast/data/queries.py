@@ -29,7 +29,10 @@ SLOT = "SoftPromptFastContextSlot"
 ANSWER_SLOT = "SoftPromptFastAnswerSlot"
 _ASKED = {"role": "user", "content": SLOT}
 # What a template's own statements raise, and what it may do to the values of a query.
-TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, RuntimeError)
+TEMPLATE_ERRORS = (
+    *(TemplateError, TypeError, ValueError, LookupError, AttributeError, RuntimeError),
+    ArithmeticError,
+)
 REASON_CHARACTERS = 200
 
 

@@ -117,18 +117,21 @@ def _json_object(line: str, source: str) -> dict:
     def refuse_constant(name: str):
         raise json.JSONDecodeError(f"{name} is no JSON value", line, _outside_strings(name, line))
 
+    is_array = line.lstrip("\ufeff \t").startswith("[")
+    hint = " Where the file is one array, jq -c '.[]' makes such lines of it." if is_array else ""
     try:
         value = json.loads(line, object_pairs_hook=_unique_keys, parse_constant=refuse_constant)
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{source}:{error.colno}: bad JSON: {error.msg}. Each line must hold one JSON object."
+            + hint
         ) from None
     except RecursionError:
         raise ValueError(f"{source}:1: bad JSON: nested too deeply") from None
     except ValueError as error:  # a duplicate field, or a number too long to convert
         raise ValueError(f"{source}: {error}") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{source}: expected a JSON object, got {kind(value)}")
+        raise ValueError(f"{source}: expected a JSON object, got {kind(value)}.{hint}")
     return value
 
 

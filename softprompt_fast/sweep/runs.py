@@ -19,7 +19,7 @@ from ..training.arguments import SoftPromptTrainingArguments, TrainOptions
 from ..training.callbacks import StopOnSignal
 from ..training.run import checkpoint_to_go_on_from, train_prompt
 from ..training.run_directory import EVALUATION_FILE, RunDirectory, facts_of_run
-from ..training.setup import Data, Lessons, load, owned_directory, teach
+from ..training.setup import Data, Lessons, check_queries, load, owned_directory, teach
 from ..utils.console import progress, say
 from ..utils.files import write_json
 from .curve import is_measured
@@ -87,6 +87,7 @@ def finish_runs(
         else:
             prompt = SoftPrompt.from_pretrained(run.path, model)
         run.student = SoftPromptModel(model, prompt)
+    check_queries(_longest(left), tokenizer, data)
     evaluation = Evaluation(
         model,
         tokenizer,
@@ -127,9 +128,12 @@ def finish_runs(
 
 def _check_lengths(runs: list[Run], evaluation: Evaluation, lessons: Lessons | None) -> None:
     """Raises ValueError if the longest prompt leaves too few positions, before a run begins."""
-    longest = max(runs, key=lambda run: run.config.num_virtual_tokens).student
     for example in (*evaluation.examples, *(lessons.train_set if lessons else ())):
-        longest.check_length(example.query, len(example.answer.ids))
+        _longest(runs).check_length(example.query, len(example.answer.ids))
+
+
+def _longest(runs: list[Run]) -> SoftPromptModel:
+    return max(runs, key=lambda run: run.config.num_virtual_tokens).student
 
 
 def _measure(run: Run, evaluation: Evaluation, facts: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, set_seed
 from ..base_model.loading import load_model
 from ..base_model.output_head import OutputHead
 from ..data.chat_template import DATE, KWARGS, today
+from ..data.queries import tokenize_query
 from ..data.records import Record, read_jsonl, read_text
 from ..student.model import SoftPromptModel
 from ..student.soft_prompt import SoftPrompt, SoftPromptConfig
@@ -135,8 +136,17 @@ def prepare(
     begun = [] if checkpoint is None else [SoftPrompt.from_pretrained(checkpoint)]
     model, tokenizer = load(options, args, begun, cache)
     prompt = SoftPrompt.from_model(model, tokenizer, config, data.first_context)
-    student = SoftPromptModel(model, prompt)  # what it checks comes before the teacher's work
+    student = SoftPromptModel(model, prompt)
+    check_queries(student, tokenizer, data)
     return student, teach(model, tokenizer, options, args, data, cache)
+
+
+def check_queries(student: SoftPromptModel, tokenizer: Any, data: Data) -> None:
+    """Raises ValueError naming a query that the student cannot read: before the teacher's work,
+    which may take hours."""
+    for record in (*data.records, *data.eval_records):
+        query = tokenize_query(tokenizer, record.messages, "", source=record.source)
+        student.check_length(query, answer_tokens=1)
 
 
 def load(

@@ -155,9 +155,15 @@ def read_utf8(path) -> str:
 
 def decode_utf8(raw: bytes, path, offset: int) -> str:
     try:
-        return raw.decode("utf-8").removeprefix("\ufeff" if offset == 0 else "")
+        text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path}: not UTF-8: byte 0x{raw[error.start]:02x} at offset {offset + error.start}. "
             "Save the file as UTF-8."
         ) from None
+    if "\0" in text:  # as in UTF-16, whose plain English is ASCII with such bytes between
+        raise ValueError(
+            f"{path}: byte 0x00 at offset {offset + raw.index(0)}, which no text holds. "
+            "Save the file as UTF-8."
+        )
+    return text.removeprefix("\ufeff" if offset == 0 else "")

@@ -613,6 +613,33 @@ def test_a_closed_output_is_an_error(closed, tmp_path):
     assert ("standard output is closed" in done.stderr) == (closed == ">&-")
 
 
+def test_a_closed_input_is_an_empty_one(finished_run):
+    command = f"{sys.executable} -m softprompt_fast generate --prompt_dir {finished_run} <&-"
+    done = subprocess.run(["sh", "-c", f"exec {command}"], stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (1, "error: the question is empty\n")
+
+
+@pytest.mark.parametrize(
+    ("left_over", "missing"),
+    [({"LOCAL_RANK": "0"}, "RANK"), ({"RANK": "1", "WORLD_SIZE": "4"}, "LOCAL_RANK")],
+    ids=str,
+)
+def test_what_a_launcher_left_over_is_named(run, tmp_path, monkeypatch, left_over, missing):
+    for name, value in left_over.items():
+        monkeypatch.setenv(name, value)
+    message = usage_error_of(run(*train_flags(tmp_path)))
+    assert (
+        f"the environment has some of RANK, WORLD_SIZE and LOCAL_RANK, but no {missing}: "
+        in message
+    )
+
+
+def test_a_prompt_that_does_not_fit_is_refused_before_the_teachers_work(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("softprompt_fast.teacher.teacher.Teacher.answer", lambda *_, **__: 1 / 0)
+    message = error_of(run(*train_flags(tmp_path, num_virtual_tokens=500)))
+    assert "train.jsonl:1: 500 virtual tokens, the query's" in message
+
+
 def test_a_rank_without_other_processes_is_no_reason_to_be_silent(run, finished_run, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     command = ("generate", "--prompt_dir", finished_run, "hello")

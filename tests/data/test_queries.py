@@ -251,9 +251,10 @@ def test_a_tokenizer_is_asked_what_it_can_do():
         ({"start": "{{ messages[0]['content'] }}"}, "exactly once"),
         ({"start": "{{ raise_exception('never') }}"}, r"roles: user\).* TemplateError: never$"),
         ({"start": "{{ messages + 1 }}"}, r" It says: TypeError: can only concatenate list"),
+        ({"start": "{{ 1 / 0 }}"}, r" It says: ZeroDivisionError: division by zero"),
         ({"start": "{{ messages[7].content }}"}, r" It says: UndefinedError: "),
     ],
-    ids=["twice", "refused", "mistaken", "undefined"],
+    ids=["twice", "refused", "mistaken", "divided", "undefined"],
 )
 def test_a_template_without_a_place_for_the_context_is_named(template, message):
     with pytest.raises(ValueError, match=rf"data\.jsonl:7: the chat template .*{message}"):

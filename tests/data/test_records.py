@@ -58,6 +58,15 @@ def test_fields_that_say_nothing_about_the_answer_are_told_once(write, capsys):
     assert note.endswith("have them: 'comment' (2), 'prompt_id' (1), 'content' (1)")
 
 
+def test_what_a_message_holds_besides_is_told_too(write, capsys):
+    said = {"role": "assistant", "content": "b", "weight": 0, "reasoning_content": None}
+    heard = {"from": "human", "value": "a", "weight": 1}
+    read_jsonl(write(json.dumps({"messages": [USER, said]})))
+    assert "'messages[].weight' (1)" in capsys.readouterr().err
+    read_jsonl(write(json.dumps({"conversations": [heard, said]})))
+    assert "'messages[].weight' (1)" in capsys.readouterr().err
+
+
 def test_files_of_our_own_fields_need_no_note(write, capsys):
     read_jsonl(write('{"prompt": "a", "completion": "b", "context": "c"}'))
     assert capsys.readouterr().err == ""
@@ -99,6 +108,8 @@ CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
             [SYSTEM, USER, ASSISTANT, USER],
         ),
         ({"conversations": [SYSTEM, USER, ASSISTANT]}, [SYSTEM, USER]),
+        ({"conversations": [{"from": "human", "content": "q"}, ASSISTANT]}, [USER]),
+        ({"messages": [USER, ASSISTANT], "prompt": None}, [USER]),
         (
             {
                 "messages": [
@@ -137,6 +148,8 @@ def test_what_may_change_the_answer_is_refused_by_name(write, field):
     path = write(json.dumps({"prompt": "a", field: "b"}))
     with pytest.raises(ValueError, match=re.escape(f":1: the field {field!r} is not read")):
         read_jsonl(path)
+    with pytest.raises(ValueError, match=":1: (the field|unknown field) "):
+        read_jsonl(write(json.dumps({"prompt": "a", field.title(): "b"})))
     (record,) = read_jsonl(write(json.dumps({"prompt": "a", field: None})))
     assert record.completion is None
 
@@ -168,6 +181,9 @@ def _user(content) -> str:
         ("{prompt: 1}", ":2:2: bad JSON: "),
         ("[" * 200_000, ":2:1: bad JSON: nested too deeply"),
         ('["a"]', ":2: expected a JSON object, got a list"),
+        ("[", "Where the file is one array, jq -c '.[]' makes such lines of it."),
+        ('{"prompt": "a", "answers": "b"}', "'answers'; did you mean 'answer'?"),
+        ('{"prompt": "a", "System": "b"}', "'System'; did you mean 'system'?"),
         ('{"prompt": "a", "prompt": "b"}', ":2: field 'prompt' appears twice"),
         ('{"id": 3}', ":2: give 'prompt' or 'messages'; the line has neither ('id')"),
         ('{"prompt": "a", "messages": []}', ":2: give 'prompt' or 'messages'; the line has both"),
@@ -230,6 +246,9 @@ def test_not_utf8_gives_the_offset_in_the_file(write):
     path = write(b'{"prompt": "a"}\n{"prompt": "\xff"}\n')
     with pytest.raises(ValueError, match=r"not UTF-8: byte 0xff at offset 28"):
         read_jsonl(path)
+    for read in (read_jsonl, read_text):  # each byte of it is UTF-8 as well
+        with pytest.raises(ValueError, match=r"byte 0x00 at offset 1, which no text holds"):
+            read(write('{"prompt": "a"}'.encode("utf-16-le")))
 
 
 def test_a_giant_line_stops_at_the_cap(write, monkeypatch):
@@ -255,6 +274,12 @@ def test_packed_files_are_read(tmp_path):
         assert [(record.messages, record.completion) for record in records] == expected
         assert records[1].source == f"{path}:2"
     assert read_text(packed) == text.strip()
+    packed.write_bytes(gzip.compress(table.read_bytes()))
+    assert len(read_jsonl(packed)) == 2
+    packed.write_bytes(gzip.compress(b"%PDF"))
+    with pytest.raises(ValueError, match=re.escape(f"{packed} is a PDF")):
+        read_jsonl(packed)
+    packed.write_bytes(gzip.compress(text.encode()))
     digests = [hashlib.sha256() for _ in range(2)]
     for path, digest in zip((plain, packed), digests, strict=True):
         read_jsonl(path, digest)
@@ -273,6 +298,14 @@ def test_a_damaged_packed_file_is_named(tmp_path, pack, change):
         path.write_bytes(pack((json.dumps(ROWS[0]) + "\n").encode() * 50))
     path.write_bytes(change(path.read_bytes()))
     with pytest.raises(ValueError, match=re.escape(f"{path}")):
+        read_jsonl(path)
+
+
+def test_a_date_beyond_pythons_is_named(tmp_path):
+    path = tmp_path / "queries"
+    dates = pyarrow.array([2**62], pyarrow.timestamp("us"))
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a"], "at": dates}), path)
+    with pytest.raises(ValueError, match=re.escape(f"{path} cannot be read as Parquet: ")):
         read_jsonl(path)
 
 

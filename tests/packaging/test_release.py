@@ -88,7 +88,7 @@ def test_actionlint_is_one_version():
 
 
 @pytest.mark.parametrize(
-    "package", ["torch", "transformers", "accelerate", "peft", "numpy", "gguf"]
+    "package", ["torch", "transformers", "accelerate", "peft", "numpy", "gguf", "pyarrow"]
 )
 def test_ci_tests_the_oldest_versions_that_are_allowed(package):
     oldest = re.search(rf"^{package}==(\d+\.\d+)", (ROOT / ".github/oldest.txt").read_text(), re.M)[
