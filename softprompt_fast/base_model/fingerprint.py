@@ -30,6 +30,7 @@ def base_facts(model: PreTrainedModel) -> dict[str, Any]:
     settle(model)
     config = model.config.get_text_config(decoder=True)
     vocabulary, width = input_embedding(model).weight.shape
+    method = quantization(model.config)
     matrices = list(_matrices(model))
     sampled = matrices[:: max(1, len(matrices) // SAMPLES)]
     return {
@@ -40,7 +41,7 @@ def base_facts(model: PreTrainedModel) -> dict[str, Any]:
         "num_hidden_layers": config.num_hidden_layers,
         # recurrent models have none
         "num_attention_heads": getattr(config, "num_attention_heads", None),
-        "quantization": quantization(model.config),
+        **({} if method is None else {"quantization": method}),
         "weights": {name: middle() for name, middle in sampled},
     }
 
@@ -49,8 +50,18 @@ def base_facts(model: PreTrainedModel) -> dict[str, Any]:
 def settle(model: PreTrainedModel) -> None:
     """One call of the whole model, since the first one may rewrite what it holds.
 
-    bitsandbytes packs 4 bits anew for a CPU, compressed-tensors unpacks, RWKV scales its layers.
+    compressed-tensors unpacks, RWKV scales its layers. Raises ValueError if bitsandbytes has packed
+    the model for inference, which has no gradients: it would do so now, and is told not to.
     """
+    for name, module in model.named_modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            raise ValueError(
+                f"{name}: bitsandbytes has packed its 4 bits for inference, since the model was "
+                "used before. Load it anew, and hand it over before its first call."
+            )
     was_training = model.training
     token = torch.zeros(1, 1, dtype=torch.long, device=input_embedding(model).weight.device)
     model.eval()(input_ids=token)
@@ -81,7 +92,8 @@ def _matrices(model: PreTrainedModel) -> Iterator[tuple[str, Callable[[], float]
 
 def _is_linear(module: nn.Module) -> bool:
     is_leaf = next(module.children(), None) is None
-    return is_leaf and hasattr(module, "in_features") and bool(module.state_dict())
+    holds = next(chain(module.parameters(), module.buffers()), None) is not None
+    return is_leaf and hasattr(module, "in_features") and holds
 
 
 @torch.no_grad()
@@ -126,9 +138,9 @@ def sha256_of_json(value: Any) -> str:
 def differences(prompt: dict[str, Any], model: dict[str, Any]) -> list[str]:
     """Where two models' facts differ, but for where the model was loaded from."""
     found = [
-        f"{name}: prompt {prompt.get(name)!r}, model {model[name]!r}"
-        for name in model
-        if name not in ("name_or_path", "weights") and prompt.get(name) != model[name]
+        f"{name}: prompt {prompt.get(name)!r}, model {model.get(name)!r}"
+        for name in dict.fromkeys((*model, "quantization"))
+        if name not in ("name_or_path", "weights") and prompt.get(name) != model.get(name)
     ]
     theirs, ours = prompt.get("weights", {}), model["weights"]
     moved = [

@@ -12,7 +12,7 @@ import torch
 from accelerate import cpu_offload
 from toy import SWITCHING, make_model, make_tokenizer
 from toy_run import train_flags
-from toy_teacher import make_queries, make_teacher
+from toy_teacher import given_answers, make_queries, make_teacher
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 from softprompt_fast.base_model import loading
@@ -21,6 +21,10 @@ from softprompt_fast.base_model.fingerprint import base_facts, differences
 from softprompt_fast.base_model.loading import load_model
 from softprompt_fast.base_model.output_head import OutputHead
 from softprompt_fast.cli.main import main
+from softprompt_fast.student.model import SoftPromptModel
+from softprompt_fast.student.soft_prompt import SoftPrompt, SoftPromptConfig
+from softprompt_fast.teacher.answers import Answer
+from softprompt_fast.teacher.examples import TrainingExample
 from softprompt_fast.teacher.facts import weights_sha256
 
 
@@ -137,6 +141,54 @@ def test_another_quantised_model_is_another(form, tmp_path):
     assert weights_sha256(one) != weights_sha256(other)
     plain = differences(base_facts(one), base_facts(make_model()))
     assert any(line.startswith("quantization: prompt ") for line in plain)
+
+
+def test_bitsandbytes_does_not_pack_a_model_that_is_to_be_trained(tmp_path, monkeypatch):
+    """On a CPU with AVX512-BF16 its first call packs 4 bits for inference, without gradients."""
+    modules = pytest.importorskip("bitsandbytes.nn.modules")
+    monkeypatch.setattr(modules, "has_avx512bf16", lambda: True)
+    packed = []
+    pack = modules._convert_weight_packed_for_cpu
+    monkeypatch.setattr(
+        modules, "_convert_weight_packed_for_cpu", lambda *args: packed.append(1) or pack(*args)
+    )
+    big = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16}  # whole blocks of scales
+    model, _ = load_model(save_quantised(tmp_path, "fp4", make_model(**big)), device="cpu")
+    base_facts(model)
+    use(model)
+    assert not packed
+    for layer in model.modules():
+        if isinstance(layer, modules.Linear4bit):
+            layer.weight.data, _ = pack(layer.weight.data, layer.weight.quant_state)
+    with pytest.raises(ValueError, match=r"q_proj: bitsandbytes has packed its 4 bits for inf"):
+        make_teacher(model)
+
+
+@each_form
+def test_gradients_are_those_of_the_numbers_that_it_computes_with(form, tmp_path):
+    model, tokenizer = load_model(save_quantised(tmp_path, form), device="cpu")
+    plain = make_model()
+    base_facts(model)
+    with torch.no_grad():
+        for name, layer in plain.model.layers.named_modules():
+            if isinstance(layer, torch.nn.Linear):
+                quantised = model.model.layers.get_submodule(name)
+                layer.weight.copy_(quantised(torch.eye(layer.in_features)).T)
+    config = SoftPromptConfig(num_virtual_tokens=4, prompt_tuning_init="random")
+    prompt = SoftPrompt.from_model(plain, tokenizer, config)
+    found = []
+    for base in (model, plain):
+        prompt.base = base_facts(base)
+        student = SoftPromptModel(base, prompt)
+        (answer, *_) = given_answers()
+        batch = student.collator()(
+            [TrainingExample(query=make_queries()[0], answer=Answer(ids=answer))]
+        )
+        batch.pop("sources")
+        loss = OutputHead.from_model(base).logits(student(**batch)).logsumexp(-1).sum()
+        found.append(torch.autograd.grad(loss, student.prompt.embedding)[0])
+    # In 8 bits bitsandbytes rounds what a layer reads, too.
+    assert (found[0] - found[1]).norm() <= (0.2 if form == "int8" else 1e-3) * found[1].norm()
 
 
 @pytest.mark.parametrize(

@@ -293,7 +293,10 @@ def test_wrong_usage(run, arguments, message):
         ("--backend=cuda", "backend 'cuda' cannot be used: "),
         ("--report_to=azure_ml", "report_to azure_ml: there is no such package installed"),
         ("--report_to=foo", "report_to foo: there is no such package installed"),
-        ("--optim=adamw_8bit", "optim adamw_8bit, optim_args None: You need to install"),
+        (
+            "--optim=schedule_free_adamw",
+            "optim schedule_free_adamw, optim_args None: You need to install",
+        ),
         ("--lr_scheduler_type=warmup_stable_decay", "missing 1 required positional argument"),
         ("--save_strategy=best", "save_strategy best needs --eval_strategy and"),
         ("--metric_for_best_model=f1", "metric_for_best_model must be loss: got 'f1'"),
@@ -490,7 +493,7 @@ def test_bad_data(run, tmp_path, no_model):
 
 def test_too_long_for_the_model(run, tmp_path):
     flags = train_flags(tmp_path)
-    write_lines(tmp_path / "train.jsonl", ["short", "long " * 100])
+    write_lines(tmp_path / "train.jsonl", ["short", "long " * 95])
     message = error_of(run(*flags))
     assert message.startswith(f"{tmp_path / 'train.jsonl'}:2: context and query take ")
     assert "the answer up to 7, but the model has 512 positions" in message

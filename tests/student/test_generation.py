@@ -65,7 +65,9 @@ def test_a_model_that_never_calls_its_embedding_layer_is_named(monkeypatch):
     student = make_student(make_model())
     written = torch.zeros(1, 99, dtype=torch.long)
     monkeypatch.setattr(student.base, "generate", lambda **inputs: written)
-    with pytest.raises(ValueError, match="LlamaForCausalLM does not read all ids through its inp"):
+    with pytest.raises(
+        ValueError, match="LlamaForCausalLM does not read all ids of a call through"
+    ):
         answers(student, ["Hi"])
 
 

@@ -133,11 +133,17 @@ PER_LAYER = {
 }
 
 
-def make_model(architecture: str = "llama", *, dtype: torch.dtype = torch.float32, seed: int = 0):
-    """A random model in eval mode; the same one for the same arguments."""
+def make_model(
+    architecture: str = "llama",
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    **changes: object,
+):
+    """A random model in eval mode; the same one for the same arguments. changes: of its config."""
     torch.manual_seed(seed)
     own = (ARCHITECTURES | PADDING_SENSITIVE | SWITCHING | PER_LAYER)[architecture]
-    config = AutoConfig.for_model(**{**SIZES, **own})
+    config = AutoConfig.for_model(**{**SIZES, **own, **changes})
     model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
     if architecture == "gemma3n_per_layer":
         # Zero at the start of training: what a layer looks up by itself would not count.

@@ -179,7 +179,7 @@ def test_a_batch_never_writes_into_the_shared_prefix(architecture):
     query = make_queries()[0]
     prefix = Prefix.read(model, query.before + query.context)
     before = copy.deepcopy([(layer.keys, layer.values) for layer in prefix.cache.layers])
-    copied = prefix.cache_for(4)
+    copied = prefix.cache_for(4, prefix.length + 7)
     assert copied.layers[0].keys.data_ptr() == prefix.cache.layers[0].keys.data_ptr()
     hidden_states(model, input_ids=torch.ones(4, 7).long(), past_key_values=copied)
     assert copied.get_seq_length() == prefix.length + 7
