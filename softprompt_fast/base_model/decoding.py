@@ -10,6 +10,8 @@ from itertools import groupby
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers import GenerationConfig
 
@@ -54,15 +56,13 @@ def write(
     ``past_key_values`` holds. embeds: [B, L, D], read in the place of the embeddings of ``ids``.
     streamer: as in transformers; of one row it gets ``ids``, then each token as it is written.
     """
-    longest = int(mask.sum(dim=1).max())
-    # Keys of tokens before would be those of shorter calls.
-    passes_switch = longest <= position_switch(model) < longest + max_new_tokens
-    with _without_own_defaults(model), read_as(model, embeds, in_all_calls=passes_switch):
+    keeps_keys = _keeps_keys(model, int(mask.sum(dim=1).max()), max_new_tokens)
+    with _without_own_defaults(model), read_as(model, embeds, in_all_calls=not keeps_keys):
         written = model.generate(
             input_ids=ids,
             attention_mask=mask,
             past_key_values=past_key_values,
-            use_cache=not passes_switch,
+            use_cache=keeps_keys,
             max_new_tokens=max_new_tokens,
             eos_token_id=list(end_ids) or None,
             pad_token_id=end_ids[0] if end_ids else 0,
@@ -110,6 +110,15 @@ def in_batches(
         rows = list(group)
         for start in range(0, len(rows), size):
             yield rows[start : start + size]
+
+
+def _keeps_keys(model: Any, longest: int, max_new_tokens: int) -> bool:
+    """Whether the keys of rows that grow from ``longest`` tokens stay right."""
+    switch = position_switch(model)
+    if longest > switch:
+        # transformers 5.3 forgets Phi-3's keys there, after the first token.
+        return Version(transformers.__version__) >= Version("5.4")
+    return longest + max_new_tokens <= switch
 
 
 @contextmanager
