@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -41,6 +42,15 @@ def position_switch(model: PreTrainedModel) -> float:
         (k["original_max_position_embeddings"] for k in kinds if k.get("rope_type") == "longrope"),
         default=math.inf,
     )
+
+
+def on_one_side(lengths: Iterable[int], switch: float) -> Iterator[slice]:
+    """The rows of so many tokens, in their order, in parts on one side of ``position_switch``."""
+    start = 0
+    for _, rows in groupby(lengths, key=lambda length: length > switch):
+        stop = start + len(list(rows))
+        yield slice(start, stop)
+        start = stop
 
 
 @torch.no_grad()

@@ -66,21 +66,14 @@ class Prefix:
             switch=position_switch(model),
         )
 
-    def is_shared_by(self, length: int) -> bool:
-        """Whether a row of ``length`` tokens, prefix included, takes these keys and values.
-
-        No where the model keeps more than these, and where it would turn its keys otherwise.
-        """
-        return self.cache is not None and not self.length <= self.switch < length
-
     def cache_for(self, batch_size: int, longest: int) -> DynamicCache | None:
         """The cache for a batch, which may grow up to ``longest`` tokens without changing this one;
-        None where its rows do not share it.
+        None where there is none, and where the model turns the keys of such a call otherwise.
 
         Its layers only ever replace their keys and values by longer tensors, so the copy starts as
         a view of this one's memory, ``batch_size`` times.
         """
-        if self.cache is None or not self.is_shared_by(longest):
+        if self.cache is None or self.length <= self.switch < longest:
             return None
         cache = copy.copy(self.cache)
         layers: list[Any] = [copy.copy(layer) for layer in self.cache.layers]

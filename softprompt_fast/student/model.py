@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from itertools import chain, groupby
+from collections.abc import Iterable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..base_model.activation_checkpointing import check_checkpointing, set_checkpointing
-from ..base_model.checks import check_ids, check_model, position_limit, position_switch
+from ..base_model.checks import (
+    check_ids,
+    check_model,
+    on_one_side,
+    position_limit,
+    position_switch,
+)
 from ..base_model.output_head import OutputHead, hidden_states, input_embedding
 from ..base_model.virtual_tokens import read_as
 from ..data.queries import Query, student_layout
@@ -137,7 +143,7 @@ class SoftPromptModel(nn.Module):
             attention_mask = mask_of_segments(self.base, segment_ids)
         embeds = self.inputs_embeds(input_ids, prompt_mask, gradient_scale=gradient_scale)
         parts = []
-        for rows in self._on_one_side(position_ids):
+        for rows in self._read_together(position_ids):
             with read_as(self.base, embeds[rows]):
                 hidden = hidden_states(
                     self.base,
@@ -149,17 +155,12 @@ class SoftPromptModel(nn.Module):
             parts.append(hidden[labels[rows] != IGNORE])
         return torch.cat(parts)
 
-    def _on_one_side(self, position_ids: Tensor) -> Iterator[slice]:
-        """The rows in their order, in parts that share a side of the base's ``position_switch``."""
+    def _read_together(self, position_ids: Tensor) -> Iterable[slice]:
+        """The rows in their order, all at once unless the base has a ``position_switch``."""
         switch = position_switch(self.base)
         if switch == math.inf:
-            yield slice(None)
-            return
-        start = 0
-        for _, rows in groupby(position_ids.amax(dim=1).ge(switch).tolist()):
-            stop = start + len(list(rows))
-            yield slice(start, stop)
-            start = stop
+            return [slice(None)]  # without waiting for the device
+        return on_one_side((position_ids.amax(dim=1) + 1).tolist(), switch)
 
 
 def scaled(tensor: Tensor, *, value: float, gradient: float) -> Tensor:

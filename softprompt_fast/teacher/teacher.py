@@ -7,10 +7,11 @@ sketches.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from itertools import chain, groupby
+from itertools import chain
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..base_model.checks import check_ids, position_limit, position_switch
+from ..base_model.checks import check_ids, on_one_side, position_limit, position_switch
 from ..base_model.decoding import PLAIN, Sampling, end_ids, in_batches, write
 from ..base_model.fingerprint import quantization, settle
 from ..base_model.output_head import OutputHead, hidden_states
@@ -125,10 +126,14 @@ class Teacher:
                     for rows in self._with_allowed_padding(prefix, queries, unanswered):
                         known.update(self._write(prefix, queries, rows))
                     if record:
+                        lengths = [
+                            prefix.length + len(queries[index].after) + len(known[index].ids) - 1
+                            for index in batch
+                        ]
                         states = [
                             state
-                            for rows in self._on_one_side(prefix, queries, batch, known)
-                            for state in self._states(prefix, queries, rows, known)
+                            for rows in on_one_side(lengths, prefix.switch)
+                            for state in self._states(prefix, queries, batch[rows], known)
                         ]
                         answered = [known[index] for index in batch]
                         if record_hidden:
@@ -201,22 +206,6 @@ class Teacher:
         )
         return {index: Answer(ids=row) for index, row in zip(indices, rows, strict=True)}
 
-    def _on_one_side(
-        self,
-        prefix: Prefix,
-        queries: Sequence[Query],
-        indices: list[int],
-        known: dict[int, Answer],
-    ) -> Iterator[list[int]]:
-        """The batch, in its order, or its parts on one side of the model's ``position_switch``."""
-
-        def passes(index: int) -> bool:
-            own = len(queries[index].after) + len(known[index].ids) - 1
-            return prefix.length + own > prefix.switch
-
-        for _, rows in groupby(indices, key=passes):
-            yield list(rows)
-
     def _states(
         self,
         prefix: Prefix,
@@ -251,12 +240,14 @@ class Teacher:
 
     def _say_what_is_not_shared(self, queries: Sequence[Query]) -> None:
         switch = position_switch(self.model)
+        if self._has_said_so or switch == math.inf:
+            return
         passing = [
             query
             for query in queries
             if len(query.before + query.context) <= switch < len(teacher_ids(query))
         ]
-        if passing and not self._has_said_so:
+        if passing:
             self._has_said_so = True
             progress(
                 f"Note: {type(self.model).__name__} turns all keys otherwise in a call of more "
