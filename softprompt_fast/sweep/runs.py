@@ -85,8 +85,8 @@ def finish_runs(
         if run in untrained:
             prompt = SoftPrompt.from_model(model, tokenizer, run.config, data.first_context)
         else:
-            prompt = SoftPrompt.from_pretrained(run.path, model)
-        run.student = SoftPromptModel(model, prompt)
+            prompt = SoftPrompt.from_pretrained(run.path)
+        run.student = SoftPromptModel(model, prompt)  # which checks whose prompt it is
     check_queries(_longest(left), tokenizer, data)
     evaluation = Evaluation(
         model,
@@ -128,8 +128,9 @@ def finish_runs(
 
 def _check_lengths(runs: list[Run], evaluation: Evaluation, lessons: Lessons | None) -> None:
     """Raises ValueError if the longest prompt leaves too few positions, before a run begins."""
+    longest = _longest(runs)
     for example in (*evaluation.examples, *(lessons.train_set if lessons else ())):
-        _longest(runs).check_length(example.query, len(example.answer.ids))
+        longest.check_length(example.query, len(example.answer.ids))
 
 
 def _longest(runs: list[Run]) -> SoftPromptModel:
