@@ -71,8 +71,7 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
         method = quantization(config)
         if method is not None:
-            _check_may_be_quantised(name, method, shard=shard)
-            options["device_map"] = {"": device}  # later it cannot be moved
+            options |= _options_of_quantised(name, method, device, shard=shard)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
             config=config,
@@ -116,17 +115,15 @@ def load_model(
         if dtype == "auto" and not is_native(model.dtype, device):
             model = model.float()
         model = shard_base(model, device) if shard else model.to(device)
-    elif quantization(model.config) is not None and getattr(model, "hf_quantizer", None) is None:
-        raise ValueError(f"model {name!r} is quantised in a way that is not known here: {method!r}")
-    elif dtype not in ("auto", str(model.dtype).removeprefix("torch.")):
-        raise ValueError(
-            f"model {name!r} was quantised ({method}) to compute in {model.dtype}, and dtype "
-            f"cannot change that: got {dtype}. Leave it out, or quantise the model anew."
-        )
+    else:
+        _check_quantised(name, method, model, dtype)
     return model, tokenizer
 
 
-def _check_may_be_quantised(name: str, method: str, *, shard: bool) -> None:
+def _options_of_quantised(
+    name: str, method: str, device: torch.device, *, shard: bool
+) -> dict[str, Any]:
+    """How it is loaded; raises ValueError if its layers are to be split."""
     if shard:
         raise ValueError(
             f"model {name!r} is quantised ({method}), and its layers cannot be split over "
@@ -134,6 +131,18 @@ def _check_may_be_quantised(name: str, method: str, *, shard: bool) -> None:
         )
     # It says at each product in 8 bits that it rounds to float16.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    return {"device_map": {"": device}}  # later it cannot be moved
+
+
+def _check_quantised(name: str, method: str, model: Any, dtype: str) -> None:
+    """Raises ValueError if transformers does not know the method, or did not heed ``dtype``."""
+    if quantization(model.config) is not None and getattr(model, "hf_quantizer", None) is None:
+        raise ValueError(f"model {name!r} is quantised in a way that is not known here: {method!r}")
+    if dtype not in ("auto", str(model.dtype).removeprefix("torch.")):
+        raise ValueError(
+            f"model {name!r} was quantised ({method}) to compute in {model.dtype}, and dtype "
+            f"cannot change that: got {dtype}. Leave it out, or quantise the model anew."
+        )
 
 
 def is_native(dtype: torch.dtype, device: torch.device) -> bool:
