@@ -33,6 +33,7 @@ import softprompt_fast as spf
 from softprompt_fast.base_model.decoding import end_ids, write
 from softprompt_fast.cli.main import main as softprompt_fast
 from softprompt_fast.data.queries import teacher_ids
+from softprompt_fast.utils.text import answer_text
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "serving.json"
@@ -41,7 +42,7 @@ FLAGS = ["--enable-prompt-embeds", "--dtype=float32"]
 # The answer says how much of the prompt came from the cache.
 TELL = "--enable-prompt-tokens-details"
 PROMPT, CACHED, ANEW = "soft prompt", "full context, cached", "full context, anew"
-QUESTIONS, ROUNDS = 8, 4
+QUESTIONS, ROUNDS = 8, 10
 REQUESTS = {1: 4, 8: 8}  # of a round, by how many users send them
 
 Body = dict[str, Any]
@@ -84,7 +85,7 @@ def questions(student: Any, tokenizer: Any, bodies: list[Body]) -> list[Question
         ids = teacher_ids(query)
         row = torch.tensor([ids])
         ((token,),) = write(student.base, row, torch.ones_like(row), max_new_tokens=1, end_ids=ends)
-        by_context = tokenizer.decode([token]).strip()
+        by_context = answer_text(tokenizer, [token])
         expected = {PROMPT: by_prompt, CACHED: by_context, ANEW: by_context}
         made.append(Question(body, ids, expected))
     return made
