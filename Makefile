@@ -107,15 +107,18 @@ site: $(VENV)/dev
 
 vllm: .venv-vllm/installed
 
-# The sdist, and a wheel that is built from it.
+# The sdist, and the wheel that is built from it, for every PyTorch. The release's own wheels, for every
+# Python, come from cibuildwheel.
 dist: $(VENV)/dev
 	rm -rf dist
-	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m build --no-isolation --outdir build/dist
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude libtorch_cpu.so --wheel-dir dist build/dist/*.whl
+	mv build/dist/*.tar.gz dist
 
 clean:
 	rm -rf build dist *.egg-info
 
-# PyTorch first: the extension is built against it, so pip must not build in isolation.
+# PyTorch first: its headers are needed, and an isolated build would download another one.
 $(VENV)/torch:
 	@echo "Installing PyTorch into $(VENV)"
 	@$(PYTHON) -m venv $(VENV)

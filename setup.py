@@ -13,19 +13,22 @@ import sys
 from pathlib import Path
 
 import torch
-from setuptools import find_packages, setup
-from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension
+from setuptools import Extension, find_packages, setup
+from torch.utils import cpp_extension
+from torch.utils.cpp_extension import CUDA_HOME, BuildExtension
 
 # fp-contract: csrc/cpu/simd.h says which products are fused with which sums
 FLAGS = [
     "-O3",
     "-std=c++20",
-    "-fopenmp",
     "-ffp-contract=off",
     "-Wall",
     "-Wno-psabi",
     "-Wno-unknown-pragmas",
 ]
+# By the stable ABI, what one PyTorch's headers build runs with all from the oldest allowed on.
+OLDEST_TORCH = re.findall(r'"torch>=(\d+)\.(\d+)"', Path("pyproject.toml").read_text())[0]
+TORCH_TARGET_VERSION = "0x{:02x}{:02x}{:012x}".format(*map(int, OLDEST_TORCH), 0)
 # fmad: csrc/cuda/formulas.cuh. Devices later than the last run its PTX.
 NVCC_FLAGS = ["-O3", "-std=c++17", "-fmad=false", "-Xcompiler=-fPIC", "--threads=0"]
 CUDA_TARGETS = {"80": "sm_80", "90": "sm_90", "100": "sm_100,compute_100"}
@@ -97,12 +100,17 @@ def extensions() -> list:
         )
         return []
     return [
-        CppExtension(
+        Extension(
             "softprompt_fast._C",
             sorted(str(path) for path in Path("csrc").rglob("*.cpp")),
-            define_macros=[("SPF_TORCH_VERSION", f'"{torch.__version__}"')],
+            include_dirs=cpp_extension.include_paths(),
+            library_dirs=cpp_extension.library_paths(),
+            libraries=["torch_cpu"],
+            define_macros=[
+                ("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION),
+                ("SPF_OLDEST_TORCH", '"{}.{}"'.format(*OLDEST_TORCH)),
+            ],
             extra_compile_args=FLAGS,
-            extra_link_args=["-fopenmp"],
         )
     ]
 

@@ -63,4 +63,6 @@ struct Engine {
 
 extern const Engine avx512_engine, avx2_engine, baseline_engine;
 
+const Engine& engine();  // the one that this machine takes
+
 }  // namespace softprompt_fast

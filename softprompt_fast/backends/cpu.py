@@ -7,8 +7,9 @@ the logits of a chunk of rows are kept, or those of some blocks; the others are 
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -38,7 +39,7 @@ def token_loss(problem: Problem) -> tuple[Tensor, Tensor]:
     loss = hidden.new_empty(tokens, dtype=torch.float32)
     dhidden = hidden.new_empty((tokens if problem.with_grad else 0, width), dtype=torch.float32)
     rows, stored, threads, floats = plan(problem)
-    _engine().token_loss_(
+    torch.ops.softprompt_fast_C.token_loss_(
         hidden,
         head.weight,
         head.bias,
@@ -96,13 +97,13 @@ def _halvings(threads: int) -> Iterator[int]:
 
 def _fewest_rows(threads: int) -> tuple[int, int]:
     """Of a chunk: so many that all threads have work, or one vector of rows."""
-    panel, vector = _engine().panel_rows(), _engine().vector_rows()
+    panel, vector = _engine().panel_rows, _engine().vector_rows
     busy_panels = -(-threads // THREADS_PER_PANEL)
     return (busy_panels - 1) * panel + vector, vector
 
 
 def _choices_of_rows(problem: Problem, fewest: int, threads: int) -> range:
-    panel, vector = _engine().panel_rows(), _engine().vector_rows()
+    panel, vector = _engine().panel_rows, _engine().vector_rows
     needed = max(1, -(-len(problem.hidden) // vector)) * vector
     most = max(MAX_ROWS, -(-2 * threads // THREADS_PER_PANEL) * panel)
     return range(min(fewest, needed), min(most, needed) + 1, vector)
@@ -151,5 +152,7 @@ def _workspace_floats(problem: Problem, rows: int, stored: int, threads: int) ->
     return floats
 
 
+@cache
 def _engine() -> Any:
-    return torch.ops.softprompt_fast_C
+    """What this machine's engine says of itself; only where the extension could be imported."""
+    return importlib.import_module("softprompt_fast._C")

@@ -104,7 +104,7 @@ def test_a_small_workspace(backend, loss, dtype):
 def test_what_the_engine_keeps_between_its_sweeps_changes_no_bit(monkeypatch):
     """All logits, some or none, of many rows or of few: those that are computed again are equal."""
     original = cpu.plan
-    vector = torch.ops.softprompt_fast_C.vector_rows()
+    vector = cpu._engine().vector_rows
 
     def forced(rows, stored):
         def plan(problem):
