@@ -82,7 +82,7 @@ def main(backend: str, dtype_name: str) -> None:
     print(json.dumps(rows))
 
 
-@pytest.mark.parametrize("backend", ["torch", "cpp"])
+@pytest.mark.parametrize("backend", ["cpp", pytest.param("torch", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_peak_memory_stays_within_the_workspace(backend, dtype):
     """The head's own gradient alone would take 108 MiB."""

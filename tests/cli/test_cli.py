@@ -566,6 +566,7 @@ def test_a_programming_error_keeps_its_traceback(run, tmp_path, monkeypatch):
         run(*train_flags(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_programming_error_asks_for_a_report():
     program = (
         "import sys; from softprompt_fast.cli import main, parser; sys.argv[1:] = ['train'];"
@@ -616,6 +617,7 @@ def test_a_closed_output_is_an_error(closed, tmp_path):
     assert ("standard output is closed" in done.stderr) == (closed == ">&-")
 
 
+@pytest.mark.slow
 def test_a_closed_input_is_an_empty_one(finished_run):
     command = f"{sys.executable} -m softprompt_fast generate --prompt_dir {finished_run} <&-"
     done = subprocess.run(["sh", "-c", f"exec {command}"], stderr=subprocess.PIPE, text=True)

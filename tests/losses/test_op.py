@@ -121,6 +121,7 @@ def test_compiled_equals_eager(backend, loss, reduction):
     assert_equal(compiled(case, backend, "aot_eager"), run(case, backend=backend))
 
 
+@pytest.mark.slow
 @each_cpu_backend
 def test_inductor_equals_eager(backend):
     case = make_case("linear_distill", shape=(2, 7), ignored=0.3, beta=0.3)

@@ -177,7 +177,7 @@ def test_rows_are_split_where_attention_would_cost_more_than_it_saves():
     assert len(pack(lengths, 16, 4096)) == 1 and len(pack(lengths, 16, 8)) == 3
 
 
-@pytest.mark.parametrize("impl", ["fused", "reference"])
+@pytest.mark.parametrize("impl", ["fused", pytest.param("reference", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("objective", ["nll", "kl", "mix"])
 def test_packed_training_is_plain_training(tmp_path, objective, impl):
     # Plain SGD shows a gradient of the wrong size; Adam would hide it.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
+from functools import cache
 
 import pytest
 from transformers import Trainer
@@ -18,6 +19,7 @@ from softprompt_fast.training.trainer import SoftPromptTrainer
 from softprompt_fast.training.trainer_hooks import HookedTrainer
 
 
+@cache
 def tree(kind: type) -> ast.Module:
     return ast.parse(textwrap.dedent(inspect.getsource(kind)))
 

@@ -121,16 +121,6 @@ def test_two_processes_train_as_one(done, name):
     assert_trained_alike(done[0], name)
 
 
-def test_a_sharded_run_is_that_of_one_process(tmp_path):
-    """One of the runs above, where there is no time for all of them."""
-    assert main(flags(tmp_path, "sharded", 1)) == 0
-    commands = tmp_path / "commands.json"
-    commands.write_text(json.dumps({"sharded": flags(tmp_path, "sharded", 2)}))
-    together = run_processes(*TORCHRUN, JOBS, "train_all", str(commands))
-    assert together.returncode == 0, together.stderr
-    assert_trained_alike(tmp_path, "sharded")
-
-
 def test_one_of_them_speaks(done):
     for line in ("step 1:", "The soft prompt (4 virtual tokens) is in"):
         assert done[1].stdout.count(line) == len(RUNS) + ("soft" in line) * 2

@@ -29,7 +29,9 @@ def refused(capsys, arguments) -> str:
     return error
 
 
-@pytest.mark.parametrize("store", ["sketch", "hidden", "online"])
+@pytest.mark.parametrize(
+    "store", ["sketch", *(pytest.param(s, marks=pytest.mark.slow) for s in ("hidden", "online"))]
+)
 def test_a_cache_changes_no_bit(tmp_path, monkeypatch, store):
     cached = dict(teacher_store=store, teacher_cache=tmp_path / "cache", eval_strategy="epoch")
     plain = {**cached, "teacher_cache": None}

@@ -37,7 +37,9 @@ def test_learns_the_teacher(tmp_path, placement):
     ],
     ids=lambda options: "-".join(map(str, options.values())),
 )
-@pytest.mark.parametrize("architecture", ["llama", "gemma2", "cohere"])
+@pytest.mark.parametrize(
+    "architecture", ["llama", "gemma2", pytest.param("cohere", marks=pytest.mark.slow)]
+)
 def test_fused_and_reference_losses_train_alike(tmp_path, architecture, options):
     model = make_model(architecture)
     examples = make_examples(model, record_hidden=options["objective"] != "nll")
