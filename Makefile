@@ -110,9 +110,9 @@ vllm: .venv-vllm/installed
 # The sdist, and the wheel that is built from it, for every PyTorch. The release's own wheels, for every
 # Python, come from cibuildwheel.
 dist: $(VENV)/dev
-	rm -rf dist
+	rm -rf dist build/dist
 	$(BIN)/python -m build --no-isolation --outdir build/dist
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude libtorch_cpu.so --wheel-dir dist build/dist/*.whl
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --strip --exclude libtorch_cpu.so --wheel-dir dist build/dist/*.whl
 	mv build/dist/*.tar.gz dist
 
 clean:
