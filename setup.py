@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pybind11
 import torch
 from setuptools import Extension, find_packages, setup
 from torch.utils import cpp_extension
@@ -103,7 +104,8 @@ def extensions() -> list:
         Extension(
             "softprompt_fast._C",
             sorted(str(path) for path in Path("csrc").rglob("*.cpp")),
-            include_dirs=cpp_extension.include_paths(),
+            # PyTorch 2.10 brings a pybind11 of its own that refuses the stable ABI
+            include_dirs=[pybind11.get_include(), *cpp_extension.include_paths()],
             library_dirs=cpp_extension.library_paths(),
             libraries=["torch_cpu"],
             define_macros=[
