@@ -64,15 +64,16 @@ void token_loss_(const Tensor& hidden, const Tensor& weight, const MaybeTensor& 
     data_of(dhidden, ScalarType::Float, {p.T, p.heads[0].D}, "dhidden");
     p.dhidden = dhidden.mutable_data_ptr<float>();
   }
-  SPF_CHECK(rows > 0 && rows % engine().vector_rows == 0, "rows must be a multiple of ",
-            engine().vector_rows, ": got ", rows);
+  const Engine& engine = softprompt_fast::engine(p);
+  SPF_CHECK(rows > 0 && rows % engine.vector_rows == 0, "rows must be a multiple of ",
+            engine.vector_rows, ": got ", rows);
   SPF_CHECK(stored >= 0 && stored <= PERIOD, "stored must be in [0, ", PERIOD, "]: got ", stored);
   SPF_CHECK(threads > 0, "threads must be above 0: got ", threads);
   SPF_CHECK(workspace.is_contiguous() && workspace.scalar_type() == ScalarType::Float &&
-                workspace.numel() >= engine().workspace_floats(p),
+                workspace.numel() >= engine.workspace_floats(p),
             "the workspace is too small");
   p.workspace = workspace.mutable_data_ptr<float>();
-  engine().run(p, parallel_for);
+  engine.run(p, parallel_for);
 }
 
 STABLE_TORCH_LIBRARY(softprompt_fast_C, m) {

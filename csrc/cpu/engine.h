@@ -25,10 +25,11 @@
 #include "layout.h"
 #include "entries.h"
 
-// BLOCK entries of the vocabulary, as fp32, and the next ones as they lie in memory.
+// BLOCK entries of the vocabulary, as the products read them, and the next ones in memory.
 struct Block {
   int64_t first, n;
-  const float *weight[2], *bias[2];
+  const char* weight[2];
+  const float* bias[2];
   Ahead ahead[2];
 };
 
@@ -89,22 +90,17 @@ class Chunk {
     }
   }
 
-  // Rows to lanes: hidden [D, ROWS] of every panel. Lanes without a row are zero.
+  // Rows to lanes: hidden [numbers(D), ROWS] of every panel. Lanes without a row are zero.
   void load_hidden() {
     for (int s = 0; s < p.streams; s++) {
       const int64_t D = p.heads[s].D;
       parallel(panels, p.threads, [&](int64_t panel, int) {
         const int64_t lanes = vectors(panel) * LANES;
-        float* out = at.hidden[s] + panel * PANEL * D;
-        std::vector<float> row(D);
-        for (int64_t lane = 0; lane < lanes; lane++) {
-          const int64_t r = panel * PANEL + lane;
-          if (r < count)
-            to_float(p.heads[s].hidden, p.dtype, (start + r) * D, D, row.data());
-          else
-            std::fill(row.begin(), row.end(), 0.0f);
-          for (int64_t d = 0; d < D; d++) out[d * lanes + lane] = row[d];
-        }
+        float* out = at.hidden[s] + panel * PANEL * numbers(D);
+        std::fill_n(out, lanes * numbers(D), 0.0f);
+        for (int64_t r = panel * PANEL; r < std::min(count, (panel + 1) * PANEL); r++)
+          scatter_row(p.heads[s].hidden, p.dtype, (start + r) * D, D, lanes,
+                      out + r - panel * PANEL);
       });
     }
     for (int s = 0; s < p.streams; s++) at.softmax[s].clear(SEGMENTS * p.rows);
@@ -141,12 +137,8 @@ class Chunk {
         block.weight[1] = block.weight[0], block.bias[1] = block.bias[0];
         continue;
       }
-      if (p.dtype == Dtype::f32) {
-        block.weight[s] = static_cast<const float*>(head.weight) + first * head.D;
-      } else {
-        to_float(head.weight, p.dtype, first * head.D, block.n * head.D, scratch.converted[s]);
-        block.weight[s] = scratch.converted[s];
-      }
+      block.weight[s] =
+          head_rows(head.weight, p.dtype, first, block.n, head.D, scratch.head_rows[s]);
       if (next < p.V)
         block.ahead[s] = {static_cast<const char*>(head.weight) + next * head.D * size,
                           std::min(BLOCK, p.V - next) * head.D * size};
@@ -161,7 +153,7 @@ class Chunk {
   template <int NV>
   void logits(int s, Block& block, int64_t panel, float* z) const {
     const int64_t D = p.heads[s].D;
-    logits_tile<NV>(block.weight[s], block.n, at.hidden[s] + panel * PANEL * D, D, z,
+    logits_tile<NV>(block.weight[s], block.n, at.hidden[s] + panel * PANEL * numbers(D), D, z,
                     block.ahead[s]);
     transform.template apply<NV>(z, block.n, block.bias[s]);
   }
@@ -215,6 +207,7 @@ class Chunk {
     transform.template chain<NV>(z, block.n, dz);
     float* dh = at.dh + gradient_offset(segment, panel);
     shrinkage.apply(dh, D);
+    to_operand<NV>(dz, block.n);
     gradient_tile<NV>(scratch.packed, block.n, dz, D, dh, block.ahead[0]);
   }
 
@@ -281,6 +274,7 @@ class Chunk {
       });
     }
     transform.template chain<NV>(z, block.n, dz);
+    to_operand<NV>(dz, block.n);
     gradient_tile<NV>(scratch.packed, block.n, dz, D, at.dh + gradient_offset(segment, panel),
                       block.ahead[0]);
   }

@@ -12,7 +12,7 @@ SPF_INLINE int64_t round_up(int64_t n, int64_t multiple) {
 class Layout {
  public:
   struct Scratch {  // of one thread
-    float *z[2], *dz, *packed, *converted[2], *bias[2];
+    float *z[2], *dz, *packed, *head_rows[2], *bias[2];
   };
   float *hidden[2], *stored, *dh;
   Softmax softmax[2];
@@ -26,7 +26,7 @@ class Layout {
     const int64_t n = p.rows;
     stored = at.take(p.streams * stored_stride());
     for (int s = 0; s < p.streams; s++) {
-      hidden[s] = at.take(lanes() * p.heads[s].D);
+      hidden[s] = at.take(lanes() * numbers(p.heads[s].D));
       softmax[s] = {at.take(SEGMENTS * n), at.take(SEGMENTS * n), at.take(SEGMENTS * n)};
       z_target[s] = at.take(n);
     }
@@ -67,10 +67,10 @@ class Layout {
     for (int s = 0; s < p.streams; s++) {
       out.z[s] = at.take(BLOCK * PANEL);
       out.bias[s] = at.take(BLOCK);
-      out.converted[s] = at.take(p.dtype == Dtype::f32 ? 0 : BLOCK * p.heads[s].D);
+      out.head_rows[s] = at.take(BLOCK * copied_floats(p.dtype, p.heads[s].D));
     }
     out.dz = at.take(BLOCK * PANEL);
-    out.packed = at.take(p.dhidden ? BLOCK * round_up(p.heads[0].D, TILE) : 0);
+    out.packed = at.take(p.dhidden ? numbers(BLOCK) * round_up(p.heads[0].D, TILE) : 0);
     if (taken) *taken = at.next - begin;
     return out;
   }

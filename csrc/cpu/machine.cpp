@@ -10,8 +10,15 @@
 namespace softprompt_fast {
 namespace {
 
+// SPF_EMULATED: for the tests, the products in bf16 on any CPU.
+#if SPF_EMULATED
+constexpr bool emulated = true;
+#else
+constexpr bool emulated = false;
+#endif
+
 // The widest that this CPU has, and that ATEN_CPU_CAPABILITY (PyTorch's variable) leaves it.
-const Engine& widest_engine() {
+const Engine& widest_engine(bool bf16) {
 #if defined(__x86_64__)
   const char* told = std::getenv("ATEN_CPU_CAPABILITY");
   const std::string_view most = told ? told : "";
@@ -20,6 +27,8 @@ const Engine& widest_engine() {
   const bool avx512 = avx2 && most != "avx2" && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq");
+  if (bf16 && (emulated || (avx512 && __builtin_cpu_supports("avx512bf16"))))
+    return avx512_bf16_engine;
   if (avx512) return avx512_engine;
   if (avx2) return avx2_engine;
 #endif
@@ -28,9 +37,9 @@ const Engine& widest_engine() {
 
 }  // namespace
 
-const Engine& engine() {
-  static const Engine& chosen = widest_engine();
-  return chosen;
+const Engine& engine(bool bf16) {
+  static const Engine &fp32_products = widest_engine(false), &bf16_products = widest_engine(true);
+  return bf16 ? bf16_products : fp32_products;
 }
 
 void expect_to_fill([[maybe_unused]] void* first, [[maybe_unused]] int64_t bytes) {

@@ -61,8 +61,15 @@ struct Engine {
   void (*run)(const TokenLoss&, ParallelFor);
 };
 
-extern const Engine avx512_engine, avx2_engine, baseline_engine;
+extern const Engine avx512_bf16_engine, avx512_engine, avx2_engine, baseline_engine;
 
-const Engine& engine();  // the one that this machine takes
+// In a smaller head than this, roundings of dz are too few to average out: backends/matmul.py.
+constexpr int64_t LEAST_16_BIT = 64;
+
+// What this machine multiplies a problem with. `bf16`: a head in bf16 that is not too small.
+const Engine& engine(bool bf16);
+inline const Engine& engine(const TokenLoss& p) {
+  return engine(p.dtype == Dtype::bf16 && p.heads[0].D >= LEAST_16_BIT && p.V >= LEAST_16_BIT);
+}
 
 }  // namespace softprompt_fast

@@ -1,5 +1,8 @@
 // The two matrix products of a tile: logits, and the gradient that goes back through the head.
 //
+// Operands come in numbers of four bytes: an fp32, or DEPTH = 2 neighbours in bf16, whose products
+// are added in one instruction (operands_fp32.h, operands_bf16.h). Sums are fp32.
+//
 // A panel is NV vectors of rows (tokens): the rows lie in the SIMD lanes, the head's numbers are
 // broadcast. So the head is read as it lies in memory, the softmax over the vocabulary needs no
 // step across lanes, and a row's sums are taken in one fixed order whatever rows stand beside it.
@@ -9,8 +12,8 @@ constexpr int PANEL = PANEL_VECTORS * LANES;
 // Rows of a register tile: TILE * PANEL_VECTORS accumulators fit the register file (32 or 16).
 constexpr int TILE = SPF_VECTOR_BYTES == 64 ? 8 : 4;
 // Vocabulary entries of a block, which stays in the second-level cache with its packed copy and the
-// block that comes next; and the slice of D whose panel stays in the first. Each slice's sums begin
-// anew, so that a logit's rounding error grows with D / SLICE and not with D.
+// block that comes next; and the numbers of a slice of D, whose panel stays in the first. Each
+// slice's sums begin anew, so that a logit's rounding error grows with D / SLICE and not with D.
 constexpr int64_t BLOCK = 48;
 constexpr int64_t SLICE = 64;
 constexpr int64_t LINE = 64;  // bytes of a line of the cache
@@ -45,6 +48,14 @@ static void to_float(const void* source, Dtype dtype, int64_t first, int64_t n, 
   }
 }
 
+#if SPF_BF16
+#include "operands_bf16.h"
+#else
+#include "operands_fp32.h"
+#endif
+
+SPF_INLINE int64_t numbers(int64_t n) { return (n + DEPTH - 1) / DEPTH; }
+
 // What is to come from memory, asked for a few lines at every register tile: the products hide the
 // wait. The hardware does not foresee a product that walks over many rows at once.
 struct Ahead {
@@ -58,22 +69,22 @@ struct Ahead {
   }
 };
 
-// M rows of: out[v, :] (+)= sum over k in [0, n) of a[v, k] * b[k, :]; a's row stride is `lda`,
-// column stride `step`.
+// M rows of: out[v, :] (+)= sum over k in [0, n) of a[v, k] * b[k, :] in numbers. a: strides of a
+// row and of a column in bytes.
 template <int M, int NV>
-SPF_INLINE void register_tile(const float* a, int64_t lda, int64_t step, const float* b, int64_t n,
+SPF_INLINE void register_tile(const char* a, int64_t row, int64_t column, const float* b, int64_t n,
                               float* out, bool accumulate) {
   constexpr int ROWS = NV * LANES;
   vf sum[M][NV] = {};
   for (int64_t k = 0; k < n; k++) {
-    vf column[NV];
+    vf columns[NV];
 #pragma GCC unroll 8
-    for (int j = 0; j < NV; j++) column[j] = load(b + k * ROWS + j * LANES);
+    for (int j = 0; j < NV; j++) columns[j] = load(b + k * ROWS + j * LANES);
 #pragma GCC unroll 8
     for (int i = 0; i < M; i++) {
-      vf factor = broadcast(a[i * lda + k * step]);
+      vf factor = broadcast_number(a + i * row + k * column);
 #pragma GCC unroll 8
-      for (int j = 0; j < NV; j++) sum[i][j] = fma(factor, column[j], sum[i][j]);
+      for (int j = 0; j < NV; j++) sum[i][j] = multiply_add(factor, columns[j], sum[i][j]);
     }
   }
 #pragma GCC unroll 8
@@ -86,43 +97,35 @@ SPF_INLINE void register_tile(const float* a, int64_t lda, int64_t step, const f
   }
 }
 
-// z[v, :] = sum over d of w[v, d] * h[d, :] for v in [0, n).    w [n, D], h [D, ROWS]
+// z[v, :] = sum over d of w[v, d] * h[d, :] for v in [0, n).    w [n, D], h [numbers(D), ROWS]
 template <int NV>
-static void logits_tile(const float* w, int64_t n, const float* h, int64_t D, float* z,
+static void logits_tile(const char* w, int64_t n, const float* h, int64_t D, float* z,
                         Ahead& ahead) {
   constexpr int ROWS = NV * LANES;
-  for (int64_t d = 0; d < D; d += SLICE) {
-    const int64_t width = D - d < SLICE ? D - d : SLICE;
+  const int64_t row = numbers(D) * NUMBER;
+  for (int64_t d = 0; d < numbers(D); d += SLICE) {
+    const int64_t width = std::min(numbers(D) - d, SLICE);
     int64_t v = 0;
     for (; v + TILE <= n; v += TILE) {
-      ahead.fetch(TILE * SLICE * sizeof(float));
-      register_tile<TILE, NV>(w + v * D + d, D, 1, h + d * ROWS, width, z + v * ROWS, d > 0);
+      ahead.fetch(TILE * SLICE * NUMBER);
+      register_tile<TILE, NV>(w + v * row + d * NUMBER, row, NUMBER, h + d * ROWS, width,
+                              z + v * ROWS, d > 0);
     }
     for (; v < n; v++)
-      register_tile<1, NV>(w + v * D + d, D, 1, h + d * ROWS, width, z + v * ROWS, d > 0);
+      register_tile<1, NV>(w + v * row + d * NUMBER, row, NUMBER, h + d * ROWS, width, z + v * ROWS,
+                           d > 0);
   }
 }
 
-// [n, D] -> [ceil(D / TILE)][n][TILE], so that the gradient's broadcasts are contiguous;
-// padded with zeros.
-static void pack_columns(const float* w, int64_t n, int64_t D, float* packed) {
-  for (int64_t v = 0; v < n; v++, w += D) {
-    float* out = packed + v * TILE;
-    int64_t d = 0;
-    for (; d + TILE <= D; d += TILE, out += n * TILE)
-      __builtin_memcpy(out, w + d, TILE * sizeof(float));
-    if (d < D)
-      for (int64_t i = 0; i < TILE; i++) out[i] = d + i < D ? w[d + i] : 0.0f;
-  }
-}
-
-// dh[d, :] += sum over v in [0, n) of w[v, d] * dz[v, :].    packed: see above, dh [padded D, ROWS]
+// dh[d, :] += sum over v in [0, n) of w[v, d] * dz[v, :].
+// packed: by pack_columns, dz [numbers(n), ROWS], dh [padded D, ROWS]
 template <int NV>
 static void gradient_tile(const float* packed, int64_t n, const float* dz, int64_t D, float* dh,
                           Ahead& ahead) {
   constexpr int ROWS = NV * LANES;
   for (int64_t d = 0; d < D; d += TILE) {
-    ahead.fetch(TILE * n * sizeof(float));
-    register_tile<TILE, NV>(packed + d * n, 1, TILE, dz, n, dh + d * ROWS, true);
+    ahead.fetch(TILE * numbers(n) * NUMBER);
+    const char* columns = reinterpret_cast<const char*>(packed + d * numbers(n));
+    register_tile<TILE, NV>(columns, NUMBER, TILE * NUMBER, dz, numbers(n), dh + d * ROWS, true);
   }
 }

@@ -23,7 +23,7 @@ SPF_INLINE vf bits_to_float(vi x) { return (vf)x; }
 // does not depend on which of the templates' instances it went through. Asked by width: a target
 // pragma, by which the engines are compiled, does not define __FMA__.
 SPF_INLINE vf fma(vf a, vf b, vf c) {
-#if SPF_VECTOR_BYTES == 64
+#if SPF_VECTOR_BYTES == 64 && !SPF_EMULATED
   return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif SPF_VECTOR_BYTES == 32
   return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);

@@ -146,7 +146,7 @@ def _workspace_floats(problem: Problem, rows: int, stored: int, threads: int) ->
         problem.head.weight.shape[0],
         stored,
         problem.with_grad,
-        problem.head.weight.dtype != torch.float32,
+        getattr(_engine().Dtype, str(problem.head.weight.dtype).removeprefix("torch.")),
         threads,
     )
     return floats

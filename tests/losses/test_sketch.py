@@ -28,6 +28,7 @@ from contract import (
 
 import softprompt_fast as spf
 from softprompt_fast import TeacherSketch, sketch_teacher
+from softprompt_fast.backends.matmul import LEAST_16_BIT
 from softprompt_fast.backends.problem import Head, Problem, SparseTarget, flatten
 from softprompt_fast.losses.sketch import sparse_target
 
@@ -41,16 +42,24 @@ def hold_contract(case: Case, backend: str, top_k: int = 32) -> None:
 
 # --- the numbers ---
 
+CPP_MULTIPLIES_IN_BF16 = spf.backends.build_info()["instruction_set_bf16"].endswith("bf16")
+
+
+def is_flat_in_16_bit(case: Case) -> bool:
+    """16-bit products of flat probabilities need more entries: a law of its own, below."""
+    scale = case.options.get("logit_scale", 1.0) / case.options.get("temperature", 1.0)
+    is_wide = min(case.weight.shape) >= LEAST_16_BIT
+    return case.hidden.dtype != torch.float32 and is_wide and scale < 0.3
+
 
 @pytest.mark.long_interpreted
 @each_backend
 @each_loss
 @pytest.mark.parametrize("top_k", [1, 5, 32], ids="k{}".format)
 def test_a_sketch_is_as_good_as_hidden_states(backend, loss, top_k):
-    # 16-bit products of flat probabilities need more entries: a law of its own, below
     linear = {"softcap": None, "teacher_width": None, "beta": 0.0, "spread": 4.0}
-
-    hold(backend, cases(loss, **linear), lambda case: sketched(case, top_k))
+    problems = cases(loss, **linear).filter(lambda case: not is_flat_in_16_bit(case))
+    hold(backend, problems, lambda case: sketched(case, top_k))
 
 
 @each_backend_and_dtype
@@ -103,8 +112,8 @@ def test_sixteen_bit_products_need_the_top_entries(backend):
         _, gradient = run(sketched(case, top_k), backend=backend)
         error[top_k] = float((gradient - exact).norm() / exact.norm())
     assert error[131] < 0.003
-    if backend in ("triton", "streaming", "cuda"):  # the others multiply in fp32
-        assert error[1] > 0.003
+    in_fp32 = backend == "torch" or (backend == "cpp" and not CPP_MULTIPLIES_IN_BF16)
+    assert (error[1] < 0.003) == in_fp32
 
 
 def test_the_fields_are_what_they_say():
