@@ -77,7 +77,9 @@ def interrupt(command: str, fraction: float) -> None:
     assert process.returncode in (0, 130, -signal.SIGINT), err
 
 
-@each_command
+@pytest.mark.parametrize(
+    "command", ["--help", pytest.param("train", marks=pytest.mark.slow), "generate"]
+)
 @pytest.mark.parametrize("fraction", FEW)
 def test_ctrl_c_shows_no_traceback(command, fraction):
     interrupt(command, fraction)

@@ -116,6 +116,7 @@ def test_the_curve_is_that_of_the_evaluations(folder):
     assert (folder / "sweep/sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_stopped_anywhere_the_same_command_goes_on(folder, asked, tmp_path, capsys, monkeypatch):
     flags = [*sweep_flags(folder), f"--output_dir={tmp_path}"]
     asked.clear()

@@ -51,7 +51,10 @@ def let_some_end_early(model, expected):
     return expected
 
 
-@pytest.mark.parametrize("architecture", [*ARCHITECTURES, *PADDING_SENSITIVE])
+@pytest.mark.parametrize(
+    "architecture",
+    [*ARCHITECTURES, *(pytest.param(name, marks=pytest.mark.slow) for name in PADDING_SENSITIVE)],
+)
 @torch.no_grad()
 def test_written_answers_are_those_of_one_query_at_a_time(architecture):
     model = make_model(architecture)
