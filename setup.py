@@ -12,7 +12,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pybind11
 import torch
 from setuptools import Extension, find_packages, setup
 from torch.utils import cpp_extension
@@ -104,12 +103,11 @@ def extensions() -> list:
         Extension(
             "softprompt_fast._C",
             sorted(str(path) for path in Path("csrc").rglob("*.cpp")),
-            # PyTorch 2.10 brings a pybind11 of its own that refuses the stable ABI
-            include_dirs=[pybind11.get_include(), *cpp_extension.include_paths()],
+            include_dirs=cpp_extension.include_paths(),
             library_dirs=cpp_extension.library_paths(),
             libraries=["torch_cpu"],
             define_macros=[
-                ("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION),
+                ("SPF_TORCH_TARGET_VERSION", TORCH_TARGET_VERSION),
                 ("SPF_OLDEST_TORCH", '"{}.{}"'.format(*OLDEST_TORCH)),
             ],
             extra_compile_args=FLAGS,

@@ -1,7 +1,9 @@
 // Tensors as the bindings see them: through PyTorch's stable ABI only, so that one build runs with
-// every PyTorch from TORCH_TARGET_VERSION (setup.py) on.
+// every PyTorch from the oldest allowed one (setup.py) on.
 #pragma once
 
+// Not for all files: with it, the pybind11 in PyTorch 2.10's headers refuses to be included.
+#define TORCH_TARGET_VERSION SPF_TORCH_TARGET_VERSION
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
