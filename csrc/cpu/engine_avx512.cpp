@@ -1,13 +1,5 @@
 // The engine for AVX-512.
-#include <algorithm>
-#include <cmath>
-#include <type_traits>
-#include <vector>
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
-#include "problem.h"
+#include "outside.h"
 
 #if defined(__x86_64__)
 #if defined(__clang__)

@@ -1,13 +1,5 @@
 // The engine for any CPU: 16-byte vectors (SSE2, NEON).
-#include <algorithm>
-#include <cmath>
-#include <type_traits>
-#include <vector>
-#if defined(__aarch64__)
-#include <arm_neon.h>
-#endif
-
-#include "problem.h"
+#include "outside.h"
 
 #define SPF_VECTOR_BYTES 16
 

@@ -28,6 +28,11 @@ SPF_INLINE float pair(uint16_t first, uint16_t second) {
   return out;
 }
 
+// The pair of a row that begins at d. That which an odd width cuts short ends with a zero.
+SPF_INLINE float pair_at(const uint16_t* row, int64_t d, int64_t D) {
+  return pair(row[d], d + 1 < D ? row[d + 1] : uint16_t(0));
+}
+
 // The nearest bf16, ties to even, in the lower half of each lane. NaN stays NaN.
 SPF_INLINE vu to_bf16(vf x) {
   const vu bits = (vu)x, rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
@@ -38,8 +43,7 @@ SPF_INLINE vu to_bf16(vf x) {
 static void scatter_row(const void* hidden, Dtype, int64_t first, int64_t D, int64_t stride,
                         float* out) {
   const uint16_t* row = static_cast<const uint16_t*>(hidden) + first;
-  for (int64_t d = 0; d < D; d += 2)
-    out[d / 2 * stride] = pair(row[d], d + 1 < D ? row[d + 1] : uint16_t(0));
+  for (int64_t d = 0; d < D; d += 2) out[d / 2 * stride] = pair_at(row, d, D);
 }
 
 // Floats that a row of the head takes where the products cannot read it as it lies in memory: a row
@@ -52,7 +56,7 @@ static const char* head_rows(const void* head, Dtype, int64_t first, int64_t n, 
   const uint16_t* w = static_cast<const uint16_t*>(head) + first * D;
   if (D % 2 == 0) return reinterpret_cast<const char*>(w);
   for (int64_t v = 0; v < n; v++, w += D)
-    for (int64_t d = 0; d < D; d += 2) *copy++ = pair(w[d], d + 1 < D ? w[d + 1] : uint16_t(0));
+    for (int64_t d = 0; d < D; d += 2) *copy++ = pair_at(w, d, D);
   return reinterpret_cast<const char*>(copy - n * ((D + 1) / 2));
 }
 

@@ -26,7 +26,9 @@ COMMANDS = {
     "generate": ["generate", "--prompt_dir=prompt", "--max_new_tokens=100", "Hi"],
 }
 FEW, MANY = (0.3, pytest.param(0.9, marks=pytest.mark.slow)), 40
-each_command = pytest.mark.parametrize("command", COMMANDS)
+each_command = pytest.mark.parametrize(
+    "command", ["--help", pytest.param("train", marks=pytest.mark.slow), "generate"]
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -77,9 +79,7 @@ def interrupt(command: str, fraction: float) -> None:
     assert process.returncode in (0, 130, -signal.SIGINT), err
 
 
-@pytest.mark.parametrize(
-    "command", ["--help", pytest.param("train", marks=pytest.mark.slow), "generate"]
-)
+@each_command
 @pytest.mark.parametrize("fraction", FEW)
 def test_ctrl_c_shows_no_traceback(command, fraction):
     interrupt(command, fraction)
