@@ -62,15 +62,23 @@ coverage: $(VENV)/dev
 # not know the headers; ninja does, and builds what has changed.
 SANITIZE := -fsanitize=address,undefined
 SANITIZED := $(CURDIR)/build/sanitize
+EMULATION := -DSPF_EMULATED=1 -include $(CURDIR)/tests/backends/emulated_tiles.h
 RUNTIMES = $(foreach name,libasan.so libubsan.so libstdc++.so.6,$(shell g++ -print-file-name=$(name)))
 
+# $(call sanitized_build,directory,more flags); $(call sanitized_tests,directory)
+sanitized_build = PATH="$(abspath $(BIN)):$$PATH" CXX=g++ SOFTPROMPT_FAST_CUDA=0 LDFLAGS="$(SANITIZE)" \
+  CFLAGS="$(SANITIZE) -fno-omit-frame-pointer -g1 $(2)" $(BIN)/python setup.py --quiet \
+  build --force --build-base $(SANITIZED)/$(1) --build-lib $(SANITIZED)/$(1)/lib
+sanitized_tests = LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED)/$(1)/lib \
+  UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+  $(BIN)/pytest --verbose --capture=no -k "cpp and not peak_memory" tests/losses tests/backends
+
 sanitize: $(VENV)/dev
-	PATH="$(abspath $(BIN)):$$PATH" CXX=g++ SOFTPROMPT_FAST_CUDA=0 LDFLAGS="$(SANITIZE)" \
-	  CFLAGS="$(SANITIZE) -fno-omit-frame-pointer -g1" $(BIN)/python setup.py --quiet \
-	  build --force --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
-	LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED)/lib \
-	  UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	  $(BIN)/pytest --verbose --capture=no -k "cpp and not peak_memory" tests/losses tests/backends
+	$(call sanitized_build,native)
+	$(call sanitized_tests,native)
+	$(call sanitized_build,emulated,$(EMULATION))
+	SPF_EMULATED_ENGINE=avx512_bf16 $(call sanitized_tests,emulated)
+	SPF_EMULATED_ENGINE=amx_bf16 $(call sanitized_tests,emulated)
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

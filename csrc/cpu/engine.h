@@ -118,6 +118,7 @@ class Chunk {
     parallel(SEGMENTS * groups, p.threads, [&](int64_t task, int thread) {
       const int64_t segment = task % SEGMENTS, group = task / SEGMENTS;
       const Layout::Scratch scratch = at.scratch(thread);
+      [[maybe_unused]] const ProductRegisters registers;
       for (int64_t b = blocks * segment / SEGMENTS; b < blocks * (segment + 1) / SEGMENTS; b++) {
         Block block = load_block(b * BLOCK, scratch);
         if (packed) pack_columns(block.weight[0], block.n, p.heads[0].D, scratch.packed);

@@ -2,7 +2,6 @@
 // head is read as it lies in memory.
 
 constexpr int DEPTH = 2;
-constexpr int64_t NUMBER = 2 * sizeof(uint16_t);
 
 SPF_INLINE vf broadcast_number(const char* p) {
   int32_t bits;
@@ -60,10 +59,19 @@ static const char* head_rows(const void* head, Dtype, int64_t first, int64_t n, 
   return reinterpret_cast<const char*>(copy - n * ((D + 1) / 2));
 }
 
-// [n, D] -> [ceil(D / TILE)][ceil(n / 2)][TILE] pairs of one column of two rows, so that the
-// gradient's broadcasts are contiguous; padded with zeros.
+// [n, D] -> tiles of columns [ceil(D / TILE)][ceil(n / 2)][TILE], each number one column of two
+// rows, so that the gradient's broadcasts are contiguous; [TILE][ceil(n / 2)] for AMX, which reads
+// whole rows. Padded with zeros.
+SPF_INLINE Strides packed_at([[maybe_unused]] int64_t n) {
+#if SPF_AMX
+  return {(n + 1) / 2, 1};
+#else
+  return {1, TILE};
+#endif
+}
 static void pack_columns(const char* rows, int64_t n, int64_t D, float* packed) {
   const int64_t row = (D + 1) / 2 * NUMBER;
+  const Strides at = packed_at(n);
   const std::vector<char> zeros(n % 2 ? row : 0);
   for (int64_t v = 0; v < n; v += 2, rows += 2 * row) {
     const char* next = v + 1 < n ? rows + row : zeros.data();
@@ -73,12 +81,12 @@ static void pack_columns(const char* rows, int64_t n, int64_t D, float* packed) 
       __builtin_memcpy(&second, next + d * sizeof second, sizeof second);
       return pair(first, second);
     };
-    float* out = packed + v / 2 * TILE;
+    float* out = packed + v / 2 * at.column;
     int64_t d = 0;
     for (; d + TILE <= D; d += TILE, out += (n + 1) / 2 * TILE)
-      for (int64_t i = 0; i < TILE; i++) out[i] = column(d + i);
+      for (int64_t i = 0; i < TILE; i++) out[i * at.row] = column(d + i);
     if (d < D)
-      for (int64_t i = 0; i < TILE; i++) out[i] = d + i < D ? column(d + i) : 0.0f;
+      for (int64_t i = 0; i < TILE; i++) out[i * at.row] = d + i < D ? column(d + i) : 0.0f;
   }
 }
 

@@ -1,7 +1,6 @@
 // The operands of the products in fp32, whatever the dtype in memory.
 
 constexpr int DEPTH = 1;
-constexpr int64_t NUMBER = sizeof(float);
 
 SPF_INLINE vf broadcast_number(const char* p) {
   float x;
@@ -29,8 +28,9 @@ static const char* head_rows(const void* head, Dtype dtype, int64_t first, int64
   return reinterpret_cast<const char*>(copy);
 }
 
-// [n, D] -> [ceil(D / TILE)][n][TILE], so that the gradient's broadcasts are contiguous;
-// padded with zeros.
+// [n, D] -> tiles of columns [ceil(D / TILE)][n][TILE], so that the gradient's broadcasts are
+// contiguous; padded with zeros.
+SPF_INLINE Strides packed_at(int64_t) { return {1, TILE}; }
 static void pack_columns(const char* rows, int64_t n, int64_t D, float* packed) {
   const float* w = reinterpret_cast<const float*>(rows);
   for (int64_t v = 0; v < n; v++, w += D) {

@@ -61,7 +61,8 @@ struct Engine {
   void (*run)(const TokenLoss&, ParallelFor);
 };
 
-extern const Engine avx512_bf16_engine, avx512_engine, avx2_engine, baseline_engine;
+extern const Engine amx_bf16_engine, avx512_bf16_engine, avx512_engine, avx2_engine,
+    baseline_engine;
 
 // In a smaller head than this, roundings of dz are too few to average out: backends/matmul.py.
 constexpr int64_t LEAST_16_BIT = 64;

@@ -9,13 +9,20 @@
 
 constexpr int PANEL_VECTORS = 3;
 constexpr int PANEL = PANEL_VECTORS * LANES;
-// Rows of a register tile: TILE * PANEL_VECTORS accumulators fit the register file (32 or 16).
+// Rows of a register tile: TILE * PANEL_VECTORS accumulators fit the register file (32 or 16), or
+// TILE rows one of AMX's. Vocabulary entries of a block, which stays in the second-level cache with
+// its packed copy and the block that comes next; and the numbers of a slice of D, whose panel stays
+// in the first. Each slice's sums begin anew, so that a logit's rounding error grows with D / SLICE
+// and not with D. (AMX's sums go on, but each of its steps adds 32 products.)
+#if SPF_AMX
+constexpr int TILE = 16;
+constexpr int64_t BLOCK = 64;
+constexpr int64_t SLICE = 128;
+#else
 constexpr int TILE = SPF_VECTOR_BYTES == 64 ? 8 : 4;
-// Vocabulary entries of a block, which stays in the second-level cache with its packed copy and the
-// block that comes next; and the numbers of a slice of D, whose panel stays in the first. Each
-// slice's sums begin anew, so that a logit's rounding error grows with D / SLICE and not with D.
 constexpr int64_t BLOCK = 48;
 constexpr int64_t SLICE = 64;
+#endif
 constexpr int64_t LINE = 64;  // bytes of a line of the cache
 
 SPF_INLINE float half_to_float(uint16_t h) {
@@ -48,6 +55,13 @@ static void to_float(const void* source, Dtype dtype, int64_t first, int64_t n, 
   }
 }
 
+constexpr int64_t NUMBER = 4;  // bytes
+
+// Numbers from one row of a matrix to the next, and from one column.
+struct Strides {
+  int64_t row, column;
+};
+
 #if SPF_BF16
 #include "operands_bf16.h"
 #else
@@ -69,11 +83,10 @@ struct Ahead {
   }
 };
 
-// M rows of: out[v, :] (+)= sum over k in [0, n) of a[v, k] * b[k, :] in numbers. a: strides of a
-// row and of a column in bytes.
+// M rows of: out[v, :] (+)= sum over k in [0, n) of a[v, k] * b[k, :] in numbers.
 template <int M, int NV>
-SPF_INLINE void register_tile(const char* a, int64_t row, int64_t column, const float* b, int64_t n,
-                              float* out, bool accumulate) {
+SPF_INLINE void register_tile(const char* a, Strides a_at, const float* b, int64_t n, float* out,
+                              bool accumulate) {
   constexpr int ROWS = NV * LANES;
   vf sum[M][NV] = {};
   for (int64_t k = 0; k < n; k++) {
@@ -82,7 +95,7 @@ SPF_INLINE void register_tile(const char* a, int64_t row, int64_t column, const 
     for (int j = 0; j < NV; j++) columns[j] = load(b + k * ROWS + j * LANES);
 #pragma GCC unroll 8
     for (int i = 0; i < M; i++) {
-      vf factor = broadcast_number(a + i * row + k * column);
+      vf factor = broadcast_number(a + (i * a_at.row + k * a_at.column) * NUMBER);
 #pragma GCC unroll 8
       for (int j = 0; j < NV; j++) sum[i][j] = multiply_add(factor, columns[j], sum[i][j]);
     }
@@ -97,23 +110,34 @@ SPF_INLINE void register_tile(const char* a, int64_t row, int64_t column, const 
   }
 }
 
+// The same of TILE rows.
+#if SPF_AMX
+#include "matrix_tiles.h"
+#else
+struct ProductRegisters {};
+template <int NV>
+SPF_INLINE void product(const char* a, Strides a_at, const float* b, int64_t n, float* out,
+                        bool accumulate) {
+  register_tile<TILE, NV>(a, a_at, b, n, out, accumulate);
+}
+#endif
+
 // z[v, :] = sum over d of w[v, d] * h[d, :] for v in [0, n).    w [n, D], h [numbers(D), ROWS]
 template <int NV>
 static void logits_tile(const char* w, int64_t n, const float* h, int64_t D, float* z,
                         Ahead& ahead) {
   constexpr int ROWS = NV * LANES;
-  const int64_t row = numbers(D) * NUMBER;
+  const Strides w_at{numbers(D), 1};
+  auto row = [&](int64_t v, int64_t d) { return w + (v * w_at.row + d) * NUMBER; };
   for (int64_t d = 0; d < numbers(D); d += SLICE) {
     const int64_t width = std::min(numbers(D) - d, SLICE);
     int64_t v = 0;
     for (; v + TILE <= n; v += TILE) {
       ahead.fetch(TILE * SLICE * NUMBER);
-      register_tile<TILE, NV>(w + v * row + d * NUMBER, row, NUMBER, h + d * ROWS, width,
-                              z + v * ROWS, d > 0);
+      product<NV>(row(v, d), w_at, h + d * ROWS, width, z + v * ROWS, d > 0);
     }
     for (; v < n; v++)
-      register_tile<1, NV>(w + v * row + d * NUMBER, row, NUMBER, h + d * ROWS, width, z + v * ROWS,
-                           d > 0);
+      register_tile<1, NV>(row(v, d), w_at, h + d * ROWS, width, z + v * ROWS, d > 0);
   }
 }
 
@@ -126,6 +150,6 @@ static void gradient_tile(const float* packed, int64_t n, const float* dz, int64
   for (int64_t d = 0; d < D; d += TILE) {
     ahead.fetch(TILE * numbers(n) * NUMBER);
     const char* columns = reinterpret_cast<const char*>(packed + d * numbers(n));
-    register_tile<TILE, NV>(columns, NUMBER, TILE * NUMBER, dz, numbers(n), dh + d * ROWS, true);
+    product<NV>(columns, packed_at(n), dz, numbers(n), dh + d * ROWS, true);
   }
 }

@@ -230,6 +230,20 @@ def test_confident_tokens_keep_their_gradient(backend, gap):
         check(case, *run(case, backend=backend))
 
 
+@pytest.mark.long_interpreted
+@each_backend_and_dtype
+@each_loss
+def test_no_rounding_shrinks_or_stretches_the_gradient(backend, loss, dtype):
+    """What is cut off instead of rounded takes some of every number, 2^-8.5 of it in bf16."""
+    case = make_case(
+        loss, shape=(19,), width=192, vocabulary=effort(backend, 2053), dtype=dtype, distance=1.0
+    )
+    _, gradient = run(case, backend=backend)
+    _, expected = oracle(case)
+    stretch = float((gradient.double() * expected).sum() / expected.square().sum()) - 1
+    assert abs(stretch) <= 2.0**-10
+
+
 @pytest.mark.parametrize("backend", [name for name in CPU_BACKENDS if name != "streaming"])
 @each_loss
 @each_dtype
