@@ -19,6 +19,9 @@ from .output_head import decoder
 # Layers that hold nothing but keys and values, and replace them by longer tensors when they grow.
 VIEWABLE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 
+# Tokens of a prefix that are read at once.
+PIECE = 512
+
 # Their attention counts slots where others count positions: ALiBi in MPT, local layers in GPT Neo.
 SLOT_COUNTING_MODELS = ("mpt", "gpt_neo")
 
@@ -37,6 +40,9 @@ class Prefix:
     bears_padding: bool
     """Whether masked tokens before a row leave its answer as it is: not in a recurrent state."""
 
+    windows: tuple[float, ...] | None
+    """How far each layer sees, in tokens; None where the model keeps more than keys and values."""
+
     window: float
     """The shortest row from which masked tokens in its middle push others out of sight."""
 
@@ -49,21 +55,39 @@ class Prefix:
 
     @classmethod
     def read(cls, model: PreTrainedModel, ids: Sequence[int]) -> Prefix:
+        """In pieces of ``PIECE`` tokens, so that no more memory is needed beside keys and values
+        than one piece takes, however long the prefix is."""
         tensor = torch.tensor([list(ids)], dtype=torch.long, device=model.device)
         # What kind of state the model keeps shows on any token, also where there is none to read.
         read = tensor if ids else tensor.new_zeros(1, 1)
-        output = decoder(model)(input_ids=read, use_cache=True, return_dict=True)
-        # Mamba and RWKV call their state by other names.
-        cache: Any = getattr(output, "past_key_values", None)
-        only_keys_and_values = type(cache) is DynamicCache and all(
-            type(layer) in VIEWABLE_LAYERS for layer in cache.layers
-        )
+        switch = position_switch(model)
+        piece = PIECE if read.shape[1] <= switch else read.shape[1]
+        cache: Any = None
+        for start in range(0, read.shape[1], piece):
+            output = decoder(model)(
+                input_ids=read[:, start : start + piece],
+                past_key_values=cache,
+                use_cache=True,
+                return_dict=True,
+            )
+            # Mamba and RWKV call their state by other names.
+            cache = getattr(output, "past_key_values", None)
+            only_keys_and_values = type(cache) is DynamicCache and all(
+                type(layer) in VIEWABLE_LAYERS for layer in cache.layers
+            )
+            if not only_keys_and_values:  # then each batch reads the prefix anew
+                break
+        windows = None
+        if only_keys_and_values:
+            windows = tuple(getattr(layer, "sliding_window", math.inf) for layer in cache.layers)
+        counts_slots = model.config.get_text_config(decoder=True).model_type in SLOT_COUNTING_MODELS
         return cls(
             ids=tensor,
             cache=cache if ids and only_keys_and_values else None,
-            bears_padding=only_keys_and_values,
-            window=_window(model, cache) if only_keys_and_values else 0,
-            switch=position_switch(model),
+            windows=windows,
+            bears_padding=windows is not None,
+            window=0 if windows is None or counts_slots else min(windows, default=math.inf),
+            switch=switch,
         )
 
     def cache_for(self, batch_size: int, longest: int) -> DynamicCache | None:
@@ -91,10 +115,3 @@ class Prefix:
         leaves it; a recurrent state is changed by them, wherever they are.
         """
         return self.bears_padding and (self.length == 0 or self.length + num_more < self.window)
-
-
-def _window(model: PreTrainedModel, cache: DynamicCache) -> float:
-    if model.config.get_text_config(decoder=True).model_type in SLOT_COUNTING_MODELS:
-        return 0
-    sliding = (layer for layer in cache.layers if isinstance(layer, DynamicSlidingWindowLayer))
-    return min((layer.sliding_window for layer in sliding), default=math.inf)

@@ -19,14 +19,16 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..base_model.checks import check_ids, on_one_side, position_limit, position_switch
-from ..base_model.decoding import PLAIN, Sampling, end_ids, in_batches, write
+from ..base_model.checks import check_ids, position_limit, position_switch
+from ..base_model.decoding import PLAIN, Sampling, end_ids
 from ..base_model.fingerprint import quantization, settle
-from ..base_model.output_head import OutputHead, hidden_states
+from ..base_model.output_head import OutputHead
 from ..base_model.prefix_cache import Prefix
+from ..base_model.shared_prefix import why_not_shared
 from ..data.queries import Query, teacher_ids
 from ..utils.console import progress
 from .answers import Answer, SketchOptions, keep_sketches, keep_states
+from .reading import BatchReader, SharedReader
 
 # A shard is this many batches. No batch has queries of two shards, so each can be kept, lost and
 # computed again without a change to another.
@@ -84,6 +86,7 @@ class Teacher:
         self.show_progress = show_progress
         self.end_ids = end_ids(model, tokenizer)
         self._has_said_so = False
+        self._shares_prefix: bool | None = None  # not known yet
 
     @torch.no_grad()
     def answer(
@@ -121,25 +124,20 @@ class Teacher:
         with shared as reading:
             for part in self.shards(len(queries)):
                 indices = [index for index in unread if part.start <= index < part.stop]
-                for prefix, batch in self._sharing_a_prefix(reading, queries, indices):
-                    unanswered = [index for index in batch if index not in known]
-                    for rows in self._with_allowed_padding(prefix, queries, unanswered):
-                        known.update(self._write(prefix, queries, rows))
+                for prefix, group in self._sharing_a_prefix(reading, queries, indices):
+                    unanswered = [index for index in group if index not in known]
+                    reading.bar.update(len(group) - len(unanswered))
+                    states = {}
+                    if unanswered:
+                        states = self._write(reading, prefix, queries, unanswered, known)
                     if record:
-                        lengths = [
-                            prefix.length + len(queries[index].after) + len(known[index].ids) - 1
-                            for index in batch
-                        ]
-                        states = [
-                            state
-                            for rows in on_one_side(lengths, prefix.switch)
-                            for state in self._states(prefix, queries, batch[rows], known)
-                        ]
-                        answered = [known[index] for index in batch]
+                        self._score(prefix, queries, group, known, states)
+                        answered = [known[index] for index in group]
+                        recorded = [states[index] for index in group]
                         if record_hidden:
-                            keep_states(answered, states)
+                            keep_states(answered, recorded)
                         if sketch is not None:
-                            keep_sketches(answered, states, head, sketch)
+                            keep_sketches(answered, recorded, head, sketch)
         return [known[index] for index in range(len(queries))]
 
     def shards(self, num_queries: int) -> list[slice]:
@@ -157,86 +155,72 @@ class Teacher:
     def _sharing_a_prefix(
         self, reading: Reading, queries: Sequence[Query], indices: list[int]
     ) -> Iterator[tuple[Prefix, list[int]]]:
-        """Batches of queries with the same ``before + context``, which is read once."""
+        """Groups of queries with the same ``before + context``, which is read once."""
         groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for index in indices:
             groups[tuple(queries[index].before + queries[index].context)].append(index)
         for ids, group in groups.items():
-            prefix = reading.prefix(ids)
-            for batch in in_batches(
-                group, self.batch_size, length=lambda i: len(queries[i].after), may_pad=True
-            ):
-                yield prefix, batch
-                reading.bar.update(len(batch))
-
-    def _with_allowed_padding(
-        self, prefix: Prefix, queries: Sequence[Query], indices: list[int]
-    ) -> Iterator[list[int]]:
-        """The batch, or its parts of equal length where the model bears no padding."""
-
-        def length(index: int) -> int:
-            return len(queries[index].after)
-
-        longest = max(map(length, indices), default=0)
-        return in_batches(
-            indices,
-            self.batch_size,
-            length=lambda index: prefix.length + length(index),
-            may_pad=prefix.allows_gap(longest + self.max_new_tokens),
-            switch=prefix.switch,
-            more=self.max_new_tokens,
-        )
+            yield reading.prefix(ids), group
 
     def _write(
-        self, prefix: Prefix, queries: Sequence[Query], indices: list[int]
-    ) -> dict[int, Answer]:
-        """Answers to one batch."""
-        ids, mask = _pad([queries[index].after for index in indices], side="left")
-        ids = torch.cat([prefix.ids.expand(len(ids), -1), ids.to(prefix.ids.device)], dim=1)
-        mask = torch.cat([torch.ones_like(ids[:, : prefix.length]), mask.to(ids)], dim=1)
-        rows = write(
-            self.model,
-            ids,
-            mask,
+        self,
+        reading: Reading,
+        prefix: Prefix,
+        queries: Sequence[Query],
+        unanswered: list[int],
+        known: dict[int, Answer],
+    ) -> dict[int, Tensor]:
+        """Adds the answers to ``known``; gives the states that were met on the way, by query."""
+        asked = [queries[index].after for index in unanswered]
+        longest = prefix.length + max(map(len, asked)) + self.max_new_tokens
+        written = self._reader(prefix, longest).write(
+            asked,
             max_new_tokens=self.max_new_tokens,
             end_ids=self.end_ids,
             do_sample=self.do_sample,
             sampling=self.sampling,
-            past_key_values=prefix.cache_for(len(ids), ids.shape[1] + self.max_new_tokens),
+            on_written=reading.bar.update,
         )
-        return {index: Answer(ids=row) for index, row in zip(indices, rows, strict=True)}
+        known |= {i: Answer(ids=ids) for i, (ids, _) in zip(unanswered, written, strict=True)}
+        return {
+            index: states
+            for index, (_, states) in zip(unanswered, written, strict=True)
+            if states is not None
+        }
 
-    def _states(
+    def _score(
         self,
         prefix: Prefix,
         queries: Sequence[Query],
-        indices: list[int],
+        group: list[int],
         known: dict[int, Answer],
-    ) -> list[Tensor]:
-        """Hidden states [n, D] at the positions that predict each answer of one batch."""
+        states: dict[int, Tensor],
+    ) -> None:
+        """Adds the hidden states [n, D] at the positions that predict each answer of a group."""
+        unscored = [index for index in group if index not in states]
+        if not unscored:
+            return
         # The last token of an answer predicts nothing that is asked for.
-        rows = [queries[index].after + known[index].ids[:-1] for index in indices]
-        # Padding on the right: no real position sees it, and none is moved by it.
-        ids, mask = (tensor.to(prefix.ids.device) for tensor in _pad(rows, side="right"))
-        B, L = ids.shape
-        mask = torch.cat([mask.new_ones(B, prefix.length), mask], dim=1)
-        cache = prefix.cache_for(B, mask.shape[1])
-        if cache is None:
-            ids = torch.cat([prefix.ids.expand(B, -1), ids], dim=1)
-        positions = torch.arange(mask.shape[1], device=ids.device)[-ids.shape[1] :]
-        hidden = hidden_states(
-            self.model,
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions.expand(B, -1),
-            past_key_values=cache,
-            use_cache=cache is not None,
-        )[:, -L:]
-        first = [len(queries[index].after) - 1 for index in indices]
-        return [
-            hidden[row, first[row] : first[row] + len(known[index].ids)]
-            for row, index in enumerate(indices)
-        ]
+        rows = [queries[index].after + known[index].ids[:-1] for index in unscored]
+        longest = prefix.length + max(map(len, rows))
+        read = self._reader(prefix, longest).states(rows)
+        for index, state in zip(unscored, read, strict=True):
+            states[index] = state[len(queries[index].after) - 1 :]
+
+    def _reader(self, prefix: Prefix, longest: int) -> BatchReader | SharedReader:
+        """longest: tokens of the longest row, prefix and answer included."""
+        if self._shares_prefix is None:
+            reason = why_not_shared(self.model, prefix)
+            self._shares_prefix = reason is None
+            if reason is not None and self.show_progress:
+                progress(
+                    f"Note: {type(self.model).__name__} does not share one context among the "
+                    f"queries ({reason}): each batch has its own, which takes memory and time"
+                )
+        # Keys that are turned otherwise in a call beyond the switch are of no use to it.
+        turns = prefix.length <= prefix.switch < longest
+        kind = SharedReader if self._shares_prefix and not turns else BatchReader
+        return kind(model=self.model, prefix=prefix, batch_size=self.batch_size)
 
     def _say_what_is_not_shared(self, queries: Sequence[Query]) -> None:
         switch = position_switch(self.model)
@@ -268,15 +252,3 @@ class Teacher:
                 f"{'up to ' if ids is None else ''}{answer}, but the model has {limit} positions. "
                 "Shorten the context or the answer."
             )
-
-
-def _pad(rows: list[list[int]], *, side: str) -> tuple[Tensor, Tensor]:
-    """Ids and mask [B, L]; the ids of the padding are 0."""
-    length = max(map(len, rows))
-    ids = torch.zeros(len(rows), length, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, tokens in enumerate(rows):
-        where = slice(length - len(tokens), None) if side == "left" else slice(len(tokens))
-        ids[row, where] = torch.tensor(tokens)
-        mask[row, where] = 1
-    return ids, mask

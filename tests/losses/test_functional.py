@@ -87,6 +87,16 @@ def test_a_wide_head(backend, loss, dtype):
 @pytest.mark.long_interpreted
 @each_backend_and_dtype
 @each_loss
+def test_a_head_of_odd_sizes(backend, loss, dtype):
+    """Where 16-bit numbers are multiplied in pairs, a row and a column end amid one."""
+    for shape in ((3,), (50,)):
+        case = make_case(loss, shape=shape, width=101, vocabulary=325, dtype=dtype)
+        check(case, *run(case, backend=backend))
+
+
+@pytest.mark.long_interpreted
+@each_backend_and_dtype
+@each_loss
 def test_a_small_workspace(backend, loss, dtype):
     """Holds the contract, or says how much it needs, and then that is enough."""
     case = make_case(

@@ -132,6 +132,17 @@ PER_LAYER = {
     ),
 }
 
+# A logit beside those of the keys takes a share of each head's attention.
+SINKS = {
+    "gpt_oss": dict(
+        model_type="gpt_oss",
+        sliding_window=WINDOW,
+        layer_types=["sliding_attention", "full_attention"],
+        num_local_experts=2,
+        num_experts_per_tok=1,
+    )
+}
+
 
 def make_model(
     architecture: str = "llama",
@@ -142,7 +153,7 @@ def make_model(
 ):
     """A random model in eval mode; the same one for the same arguments. changes: of its config."""
     torch.manual_seed(seed)
-    own = (ARCHITECTURES | PADDING_SENSITIVE | SWITCHING | PER_LAYER)[architecture]
+    own = (ARCHITECTURES | PADDING_SENSITIVE | SWITCHING | PER_LAYER | SINKS)[architecture]
     config = AutoConfig.for_model(**{**SIZES, **own, **changes})
     model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
     if architecture == "gemma3n_per_layer":

@@ -1,0 +1,143 @@
+"""How the teacher reads queries behind a context that they share, and writes and scores answers.
+
+``SharedReader`` holds the context's keys and values once, for all queries (shared_prefix.py).
+``BatchReader`` lends each batch a copy of them, or reads the context anew: for models whose
+attention or state does not go through transformers' attention interface.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..base_model.checks import on_one_side
+from ..base_model.decoding import in_batches, pad, write, write_in_rows
+from ..base_model.output_head import hidden_states
+from ..base_model.prefix_cache import Prefix
+from ..base_model.shared_prefix import Rows
+
+
+@dataclass(kw_only=True, frozen=True)
+class BatchReader:
+    """Queries in batches, each complete: the prefix, a query, an answer."""
+
+    model: Any
+    prefix: Prefix
+    batch_size: int
+
+    def write(
+        self,
+        asked: Sequence[list[int]],
+        *,
+        max_new_tokens: int,
+        on_written: Callable[[], Any] = lambda: None,
+        **options: Any,
+    ) -> list[tuple[list[int], Tensor | None]]:
+        """The answer to each of the queries, and the states [n, D] that predict it, if they are
+        known. options: end_ids, do_sample and sampling of ``decoding.write``."""
+        written: dict[int, list[int]] = {}
+        for batch in self._batches(list(map(len, asked)), more=max_new_tokens):
+            prefix = self.prefix
+            ids, mask = pad([asked[index] for index in batch], side="left")
+            ids = torch.cat([prefix.ids.expand(len(ids), -1), ids.to(prefix.ids.device)], dim=1)
+            mask = torch.cat([torch.ones_like(ids[:, : prefix.length]), mask.to(ids)], dim=1)
+            rows = write(
+                self.model,
+                ids,
+                mask,
+                max_new_tokens=max_new_tokens,
+                past_key_values=prefix.cache_for(len(ids), ids.shape[1] + max_new_tokens),
+                **options,
+            )
+            written.update(zip(batch, rows, strict=True))
+            for _ in batch:
+                on_written()
+        return [(written[index], None) for index in range(len(asked))]
+
+    def states(self, rows: Sequence[list[int]]) -> list[Tensor]:
+        """The hidden states [L, D] of each row behind the prefix."""
+        states: dict[int, Tensor] = {}
+        lengths = list(map(len, rows))
+        for batch in in_batches(
+            range(len(rows)), self.batch_size, length=lengths.__getitem__, may_pad=True
+        ):
+            whole = [self.prefix.length + lengths[index] for index in batch]
+            for part in on_one_side(whole, self.prefix.switch):
+                states.update(self._states(rows, batch[part]))
+        return [states[index] for index in range(len(rows))]
+
+    def _batches(self, lengths: Sequence[int], more: int) -> Iterator[list[int]]:
+        """Of queries of about one length; of equal length where the model bears no padding."""
+        whole = [self.prefix.length + length for length in lengths]
+        for batch in in_batches(
+            range(len(lengths)), self.batch_size, length=lengths.__getitem__, may_pad=True
+        ):
+            yield from in_batches(
+                batch,
+                self.batch_size,
+                length=whole.__getitem__,
+                may_pad=self.prefix.allows_gap(max(lengths[index] for index in batch) + more),
+                switch=self.prefix.switch,
+                more=more,
+            )
+
+    def _states(self, rows: Sequence[list[int]], batch: list[int]) -> dict[int, Tensor]:
+        prefix = self.prefix
+        # Padding on the right: no real position sees it, and none is moved by it.
+        padded = pad([rows[index] for index in batch], side="right")
+        ids, mask = (tensor.to(prefix.ids.device) for tensor in padded)
+        B, L = ids.shape
+        mask = torch.cat([mask.new_ones(B, prefix.length), mask], dim=1)
+        cache = prefix.cache_for(B, mask.shape[1])
+        if cache is None:
+            ids = torch.cat([prefix.ids.expand(B, -1), ids], dim=1)
+        positions = torch.arange(mask.shape[1], device=ids.device)[-ids.shape[1] :]
+        hidden = hidden_states(
+            self.model,
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions.expand(B, -1),
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )[:, -L:]
+        return {index: hidden[row, : len(rows[index])] for row, index in enumerate(batch)}
+
+
+@dataclass(kw_only=True, frozen=True)
+class SharedReader:
+    """Queries in rows that go on from one prefix; as ``BatchReader``."""
+
+    model: Any
+    prefix: Prefix
+    batch_size: int
+
+    def write(
+        self, asked: Sequence[list[int]], *, max_new_tokens: int, **options: Any
+    ) -> list[tuple[list[int], Tensor | None]]:
+        order = sorted(range(len(asked)), key=lambda index: len(asked[index]))
+        rows = self._rows(len(asked), max(map(len, asked)) + max_new_tokens)
+        written = write_in_rows(
+            rows, [asked[index] for index in order], max_new_tokens=max_new_tokens, **options
+        )
+        found = dict(zip(order, written, strict=True))
+        return [(found[i].ids, torch.stack(found[i].states)) for i in range(len(asked))]
+
+    def states(self, rows: Sequence[list[int]]) -> list[Tensor]:
+        states: dict[int, Tensor] = {}
+        lengths = list(map(len, rows))
+        for batch in in_batches(
+            range(len(rows)), self.batch_size, length=lengths.__getitem__, may_pad=True
+        ):
+            ids, _ = pad([rows[index] for index in batch], side="right")
+            own = self._rows(len(batch), ids.shape[1])
+            hidden = own.read(ids, [0] * len(batch), range(len(batch)))
+            states.update({i: hidden[row, : lengths[i]] for row, i in enumerate(batch)})
+        return [states[index] for index in range(len(rows))]
+
+    def _rows(self, most: int, capacity: int) -> Rows:
+        num_rows = min(most, self.batch_size)
+        return Rows(self.model, self.prefix, num_rows=num_rows, capacity=capacity)
