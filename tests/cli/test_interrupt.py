@@ -25,7 +25,7 @@ COMMANDS = {
     "train": ["train", "--help"],
     "generate": ["generate", "--prompt_dir=prompt", "--max_new_tokens=100", "Hi"],
 }
-FEW, MANY = (0.3, pytest.param(0.9, marks=pytest.mark.slow)), 40
+FEW, MANY = (0.3, pytest.param(0.9, marks=pytest.mark.slow)), 20
 each_command = pytest.mark.parametrize(
     "command", ["--help", pytest.param("train", marks=pytest.mark.slow), "generate"]
 )
