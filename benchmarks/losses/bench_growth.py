@@ -9,11 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from cases import GROWTH_LOSSES, GROWTH_SCALE, Shape, growth_shapes
+from cases import DEVICE_DTYPE, GROWTH_LOSSES, GROWTH_SCALE, Shape, growth_shapes
 from device import DEVICE
 from losses.measure import line, measure
 
 POINTS = growth_shapes(GROWTH_SCALE[DEVICE.type])
+DTYPE = DEVICE_DTYPE[DEVICE.type]
 
 
 @pytest.mark.parametrize(
@@ -31,5 +32,5 @@ POINTS = growth_shapes(GROWTH_SCALE[DEVICE.type])
 def bench_growth(
     benchmark: Any, record: Any, axis: str, shape: Shape, problem: str, peer: str
 ) -> None:
-    figures = measure(benchmark, shape, problem, peer)
-    record("growth", axis=axis, **line(shape, problem, peer), **figures)
+    figures = measure(benchmark, shape, problem, peer, DTYPE)
+    record("growth", axis=axis, **line(shape, problem, peer, DTYPE), **figures)
