@@ -23,10 +23,10 @@ DTYPE = DEVICE_DTYPE[DEVICE.type]
         pytest.param(
             axis, shape, problem, peer, id=f"{axis}{getattr(shape, axis)}-{problem}-{peer}"
         )
+        for axis, shapes in POINTS.items()
+        for shape in shapes  # its tensors are made once
         for peer, problems in GROWTH_LOSSES.items()
         for problem in problems
-        for axis, shapes in POINTS.items()
-        for shape in shapes
     ],
 )
 def bench_growth(

@@ -29,7 +29,7 @@ from losses.problems import (
 
 MAX_ROUNDS, MIN_ROUNDS, SECONDS = 5, 3, 1.0
 # A step that takes longer is timed once: what disturbs it is short beside it.
-LONG_STEP_SECONDS = 2.0
+LONG_STEP_SECONDS = 1.0
 
 
 class Step:
@@ -101,7 +101,7 @@ def measure(benchmark: Any, shape: Shape, problem: str, peer: str, dtype: str) -
 
     bare, step, passes = BarePasses(tensors), Step(loss, tensors), PROBLEMS[problem].passes
     bare()
-    rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(SECONDS / bare.floor_seconds(passes)[0])))
+    rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(SECONDS / cost.seconds)))
     if cost.seconds > LONG_STEP_SECONDS:
         rounds = 1
     benchmark.pedantic(step, setup=bare, rounds=rounds)
