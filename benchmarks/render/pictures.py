@@ -77,7 +77,7 @@ def overview(report: Row, rows: list[Row]) -> Figure:
     right.set_yticks([0.26 + i for i in range(len(losses))], losses)
     right.set_xlim(0, 1.45 * max(row["passes"] for row in shown))
     right.set_xlabel("bare passes over the head (dashed: as many as the loss needs)")
-    title = "Forward + backward in {}, T={T} D={D} V={V}, 2 CPU cores"
+    title = "Forward + backward, {}, T={T} D={D} V={V}, 2 cores"
     title = title.format(dtype(shown[0]), **shown[0])
     right.set_title(title, fontsize=11)
     handles, names = right.get_legend_handles_labels()
