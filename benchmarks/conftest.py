@@ -31,6 +31,7 @@ PACKAGES = [
     "trl",
     "cut_cross_entropy",
     "quack-kernels",
+    "unsloth_zoo",
 ]
 KEPT, BEGAN = pytest.StashKey[dict[str, Any]](), pytest.StashKey[float]()
 

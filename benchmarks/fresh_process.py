@@ -1,4 +1,4 @@
-"""Memory of one step, in a process that has done nothing else.
+"""Memory and time of one step, in a process that has done nothing else.
 
 Its allocator gives freed memory back at once (MALLOC_MMAP_THRESHOLD_): glibc would keep pieces of
 it, in one trial three times as much as was in use.
@@ -12,10 +12,11 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
+import torch
 from cases import Shape
-from device import ON_GPU, peak_mib
+from device import ON_GPU, peak_mib, seconds
 from losses.peers import PEERS
 from losses.problems import Tensors, gradient
 
@@ -43,12 +44,25 @@ def in_fresh_process(
         yield pool.submit(function, *arguments).result
 
 
-def step_peak_mib(peer: str, problem: str, shape: Shape) -> float:
-    """MiB that a step holds at its peak beyond its inputs and the gradient that it returns.
+class StepCost(NamedTuple):
+    peak_mib: float
+    """beyond its inputs and the gradient that it returns"""
 
-    Of the second step: what the first leaves behind (code, thread pools) is not the step's.
-    """
-    tensors = Tensors.random(shape, different=1024)
+    seconds: float
+    """while something else runs too: an estimate"""
+
+
+def step_cost(peer: str, problem: str, shape: Shape, dtype: torch.dtype) -> StepCost:
+    """Of the second step: what the first leaves behind (code, thread pools) is not the step's."""
+    tensors = Tensors.random(shape, dtype, different=1024)
     loss = PEERS[peer].losses[problem](tensors)
-    gradient(loss, tensors)
-    return peak_mib(lambda: gradient(loss, tensors)) - tensors.hidden.nbytes / 2**20
+    times: list[float] = []
+
+    def step() -> torch.Tensor:
+        found: list[torch.Tensor] = []
+        times.append(seconds(lambda: found.append(gradient(loss, tensors))))
+        return found[0]
+
+    step()
+    peak = peak_mib(step) - tensors.hidden.nbytes / 2**20
+    return StepCost(peak, times[-1])

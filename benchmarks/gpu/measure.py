@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from cases import DTYPES, LOSSES
+from cases import DEVICE_DTYPE, LOSSES
 from device import peak_mib
 from gpu.cases import Case
 from gpu.common import (
@@ -29,12 +29,12 @@ from gpu.common import (
     kernels_can_run,
     poison_free_memory,
 )
-from losses.problems import BarePasses, Exact, Tensors, mm
+from losses.problems import BarePasses, Exact, Tensors, mm, product_dtype
 from torch import Tensor
 
 import softprompt_fast as spf
 
-DTYPE = getattr(torch, DTYPES["cuda"])
+DTYPE = getattr(torch, DEVICE_DTYPE["cuda"])
 CHECKED_ROWS = 16
 # Longer steps launch nothing that a graph would save.
 GRAPH_TOKENS = 1024
@@ -58,11 +58,12 @@ def checked_error(case: Case, t: Tensors, found: Tensor) -> float:
     index[0], index[-1] = 0, case.T - 1
     sample = t.rows(index)
     exact = gradient(spf.reference, case, sample, sample.teacher)
-    return Exact(index, exact, sample.contract(DTYPE)).check(found)
+    bounds = sample.bounds(DTYPE)
+    return Exact(index, exact, bounds).check(found, bounds.contract)
 
 
 def measure_loss(case: Case) -> None:
-    t = Tensors.random(case, dtype=DTYPE)
+    t = Tensors.random(case, DTYPE)
     teacher = spf.sketch_teacher(t.teacher, t.weight) if case.sketched else t.teacher
     bare = BarePasses(t)
 
@@ -127,7 +128,7 @@ def measure_ceilings() -> None:
     target = torch.empty_like(source)
     n = 8192 if ON_GPU else 64
     a, b = (torch.empty(n, n, dtype=DTYPE, device=DEVICE).normal_() for _ in range(2))
-    out = torch.empty(n, n, device=DEVICE)
+    out = torch.empty(n, n, dtype=product_dtype(DTYPE), device=DEVICE)
     times = interleaved({"copy": lambda: target.copy_(source), "mm": lambda: mm(a, b, out)})
     emit(
         "ceilings",

@@ -1,7 +1,7 @@
 """Who is compared: every implementation, called as its documentation says is best.
 
 All get the same ``Tensors`` and return the mean over the tokens; the head is frozen. To run one
-line again: ``pytest benchmarks/losses/bench_losses.py -k "SmolLM2 and T64 and TRL"``.
+line again: ``pytest benchmarks/losses/bench_losses.py -k "bf16 and SmolLM2 and T16 and TRL"``.
 """
 
 from __future__ import annotations
@@ -34,18 +34,26 @@ class Peer:
     package: str | None = None
     """to be imported; its version is pinned in the extra ``bench`` of pyproject.toml"""
 
+    why_absent: str | None = None
+    """why that extra does not have it"""
+
     needs_gpu: str | None = None
     """what of it runs on a GPU only"""
 
     needs: Callable[[], str | None] = lambda: None
     """another reason why it cannot run here"""
 
+    torch_product_back: bool = False
+    """Its last product is PyTorch's own of dz [T, V] and the head [V, D], as autograd has it. Those
+    of the others are ordered, or converted, in another way."""
+
     def reason(self) -> str | None:
         """Why it cannot run here; None if it can."""
         if self.needs_gpu and not ON_GPU:
             return f"needs a GPU: {self.needs_gpu}"
         if self.package and find_spec(self.package) is None:
-            return f"{self.package} is not installed"
+            why = f": {self.why_absent}" if self.why_absent else ""
+            return f"{self.package} is not installed{why}"
         return self.needs()
 
 
@@ -179,7 +187,7 @@ def has_linear_cross_entropy() -> str | None:
     return f"torch {torch.__version__} has no LinearCrossEntropyOptions" if missing else None
 
 
-# --- Liger Kernel, TRL, cut-cross-entropy, quack ---------------------------------------------
+# --- Liger Kernel, TRL, cut-cross-entropy, quack, Unsloth-zoo --------------------------------
 
 
 def liger_chunked(beta: float, hard: float = 0.0) -> Prepare:
@@ -249,16 +257,38 @@ def quack() -> Callable[..., Any]:
     return chunked_linear_cross_entropy
 
 
+def unsloth_nll() -> Callable[..., Any]:
+    from unsloth_zoo.fused_losses.fused_linear import fused_linear_cross_entropy
+
+    return fused_linear_cross_entropy
+
+
+def unsloth_divergence(beta: float) -> Prepare:
+    def make() -> Callable[..., Any]:
+        from unsloth_zoo.fused_losses.fused_linear import fused_linear_jsd
+
+        return fused_linear_jsd
+
+    return module(make, lambda f, t: f(t.hidden, t.weight, t.teacher, t.weight, beta=beta))
+
+
+def has_unsloth() -> str | None:
+    missing = find_spec("unsloth") is None
+    return "unsloth_zoo refuses to be imported without unsloth" if missing else None
+
+
 TRITON = "Triton kernels"
 PEERS: dict[str, Peer] = {
     "softprompt_fast": OURS,
-    "PyTorch": Peer(losses=materialised(lambda function: function)),
-    "PyTorch, torch.compile": Peer(losses=materialised(compiled)),
+    "PyTorch": Peer(losses=materialised(lambda function: function), torch_product_back=True),
+    "PyTorch, torch.compile": Peer(losses=materialised(compiled), torch_product_back=True),
     "F.linear_cross_entropy": Peer(
         needs=has_linear_cross_entropy, losses={"NLL": chunked_cross_entropy}
     ),
     "cut-cross-entropy, torch_compile": Peer(
-        package="cut_cross_entropy", losses={"NLL": cce(impl="torch_compile")}
+        package="cut_cross_entropy",
+        losses={"NLL": cce(impl="torch_compile")},
+        torch_product_back=True,
     ),
     "cut-cross-entropy, cce": Peer(
         package="cut_cross_entropy", needs_gpu=TRITON, losses={"NLL": cce(impl="cce")}
@@ -276,6 +306,7 @@ PEERS: dict[str, Peer] = {
             "JSD": liger_chunked(0.5),
             "KL + NLL": liger_chunked(0.0, hard=0.5),
         },
+        torch_product_back=True,
     ),
     "Liger fused linear": Peer(
         package="liger_kernel",
@@ -307,5 +338,20 @@ PEERS: dict[str, Peer] = {
         package="quack",
         needs_gpu="CuTe kernels for Hopper and Blackwell",
         losses={"NLL": module(quack, lambda f, t: f(t.hidden, t.weight, t.targets))},
+    ),
+    "Unsloth-zoo fused linear": Peer(
+        package="unsloth_zoo",
+        why_absent="it wants unsloth, transformers<=5.17, trl<=1.15 and datasets<5, and the others "
+        "here are newer",
+        needs=has_unsloth,
+        losses={
+            "NLL": module(
+                unsloth_nll,
+                lambda f, t: f(t.hidden, t.weight, None, t.targets, divisor=len(t.targets)),
+            ),
+            "KL": unsloth_divergence(0.0),
+            "reverse KL": unsloth_divergence(1.0),
+            "JSD": unsloth_divergence(0.5),
+        },
     ),
 }

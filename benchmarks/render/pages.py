@@ -17,7 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.append(str(Path(__file__).parents[2] / "examples"))
 import objective_report
-from cases import HEADS, MAIN
+from cases import DTYPES, HEADS, MAIN
 from gpu import results as gpu_results
 from render import pictures, tables
 
@@ -106,55 +106,48 @@ def distribution_table() -> str:
     return "\n".join(lines)
 
 
-def front_rows() -> list[dict[str, Any]]:
-    """The losses that training uses, at the largest T of the first head."""
-    rows = main_rows()
-    T = max(row["T"] for row in rows if row["model"] == rows[0]["model"])
-    return [row for row in rows if (row["model"], row["T"]) == (rows[0]["model"], T)]
-
-
 def front_table() -> str:
     """For the README: ours, plain PyTorch and the fastest other one."""
-    rows = front_rows()
-    line = "Forward and backward in fp32, {head}, {T} tokens, {threads} CPU cores ({cpu})."
-    machine = read("cpu.json")["machine"]
+    results = read("cpu.json")
+    rows = [row for name in DTYPES for row in tables.front_rows(results["losses"], name)]
+    line = "Forward and backward, {head}, T tokens, {threads} CPU cores ({cpu})."
+    if any(row["bare_converted"] for row in rows):
+        line += " PyTorch has only plain loops for bf16 on this CPU."
     return "\n".join(
         [
             tables.front_table(rows).markdown(),
             "",
-            line.format(head=tables.head(rows[0]), T=rows[0]["T"], **machine),
+            line.format(head=tables.head(rows[0]), **results["machine"]),
         ]
     )
 
 
 def headline() -> str:
-    """What the soft prompt keeps of the example, and what its loss costs."""
-    report, rows, machine = read("handbook.json"), front_rows(), read("cpu.json")["machine"]
+    """What the soft prompt keeps of the example, and what its loss costs. In fp32, in which no
+    implementation waits for a product that a CPU has no instructions for."""
+    report, results = read("handbook.json"), read("cpu.json")
+    rows, machine = tables.front_rows(results["losses"], "float32"), results["machine"]
     ours, peer = tables.ours_and_fastest_peer([r for r in rows if r["loss"] == STORED])
     return (
         "softprompt_fast compresses a long context into a few virtual tokens: on a small real "
         f"model, {report['num_virtual_tokens']} of them recover {report['kl_recovered']:.0%} of "
         f"what a handbook of {report['context_tokens']} tokens changes in the predictions, and "
         f"the exact KL loss over a vocabulary of {ours['V']:,} takes "
-        f"{ours['milliseconds']:.0f} ms and {ours['peak_mib']:.0f} MiB for {ours['T']} tokens on "
-        f"{machine['threads']} CPU cores, where the fastest other implementation takes "
+        f"{ours['milliseconds']:.0f} ms and {ours['peak_mib']:.0f} MiB for {ours['T']} tokens in "
+        f"fp32 on {machine['threads']} CPU cores, where the fastest other implementation takes "
         f"{peer['milliseconds']:.0f} ms and {peer['peak_mib']:.0f} MiB."
     )
 
 
 def all_losses_table() -> str:
     rows = read("cpu.json")["losses"]
-    notes = [tables.verdict_line(rows), "Not measured there:"]
+    notes = [tables.rounding_line(rows), tables.verdict_line(rows), "Not measured there:"]
     notes.append("\n".join(f"- {text}" for text in tables.missing(rows)))
     return "\n\n".join([tables.loss_table(rows).markdown(), *notes])
 
 
 def growth_table() -> str:
     return tables.growth_table(read("cpu.json")["growth"]).markdown()
-
-
-def main_rows() -> list[dict[str, Any]]:
-    return [row for row in tables.measured(read("cpu.json")["losses"]) if row["loss"] in MAIN]
 
 
 def machine_line() -> str:
@@ -355,7 +348,10 @@ def main() -> None:
                 text = block.sub(lambda m, c=line: f"{m[1]}{c}{m[2]}", text)
         page.write_text(text)
     images, report = ROOT / "docs" / "images", read("handbook.json")
-    pictures.draw(report, main_rows(), read("cpu.json")["growth"], images)
+    results = read("cpu.json")
+    rows = tables.of_dtype(tables.measured(results["losses"]), "float32")
+    rows = [row for row in rows if row["loss"] in MAIN]
+    pictures.draw(report, rows, results["growth"], images)
     for name, png in plots.pictures(report).items():
         (images / f"evaluation_{name}.png").write_bytes(png)
     picture = objective_report.picture(read("choose_objective.json"))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from render.tables import grouped
+from render.tables import dtype, grouped
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -18,7 +18,8 @@ OURS, PEER, OTHER_PEER, FLOOR = "#c2410c", "#94a3b8", "#cbd5e1", "#334155"
 
 
 def draw(report: Row, rows: list[Row], growth_rows: list[Row], directory: Path) -> None:
-    """report: of the example's evaluation. rows: of the losses. growth_rows: of their growth."""
+    """report: of the example's evaluation. rows: of the losses in one dtype. growth_rows: of their
+    growth."""
     overview(report, rows).savefig(directory / "overview.png", dpi=150)
     growth(growth_rows).savefig(directory / "growth.png", dpi=150)
 
@@ -76,7 +77,8 @@ def overview(report: Row, rows: list[Row]) -> Figure:
     right.set_yticks([0.26 + i for i in range(len(losses))], losses)
     right.set_xlim(0, 1.45 * max(row["passes"] for row in shown))
     right.set_xlabel("bare passes over the head (dashed: as many as the loss needs)")
-    title = "Forward + backward, T={T} D={D} V={V}, 2 CPU cores".format(**shown[0])
+    title = "Forward + backward, {}, T={T} D={D} V={V}, 2 cores"
+    title = title.format(dtype(shown[0]), **shown[0])
     right.set_title(title, fontsize=11)
     handles, names = right.get_legend_handles_labels()
     unique = dict(zip(names, handles, strict=True))

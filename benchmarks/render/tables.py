@@ -7,7 +7,7 @@ from math import log
 from operator import itemgetter
 from typing import Any, NamedTuple, TypeVar
 
-from cases import MAIN, OURS
+from cases import DTYPES, MAIN, OURS, PLAIN
 from rich.table import Table as RichTable
 
 Row = dict[str, Any]
@@ -51,20 +51,29 @@ def head(row: Row) -> str:
     return f"{row['model']} ({row['D']} × {row['V']})"
 
 
+def dtype(row: Row) -> str:
+    return DTYPES[row["dtype"]]
+
+
+def of_dtype(rows: Iterable[Row], name: str) -> list[Row]:
+    return [row for row in rows if row["dtype"] == name]
+
+
 def loss_table(rows: Iterable[Row]) -> Table:
-    columns = ["head", "T", "loss", "implementation", "ms", "± spread", "forward ms"]
+    columns = ["dtype", "head", "T", "loss", "implementation", "ms", "± spread", "forward ms"]
     columns += ["passes", "of floor", "peak MiB", "gradient error"]
     return Table(
         "Forward and backward",
         columns,
         [
             [
+                dtype(row),
                 head(row),
                 str(row["T"]),
                 row["loss"],
                 row["implementation"],
                 f"{row['milliseconds']:.4g}",
-                f"{row['spread']:.0%}",
+                f"{row['spread']:.0%}" if row["rounds"] > 1 else "–",
                 f"{row['forward_milliseconds']:.4g}",
                 f"{row['passes']:.2f}",
                 f"{row['ratio']:.2f}",
@@ -73,21 +82,34 @@ def loss_table(rows: Iterable[Row]) -> Table:
             ]
             for row in measured(rows)
         ],
-        texts=4,
+        texts=5,
     )
+
+
+def front_rows(rows: Iterable[Row], name: str) -> list[Row]:
+    """The losses that training uses in a dtype, at the largest T of the first head at which plain
+    PyTorch was measured."""
+    rows = [row for row in of_dtype(measured(rows), name) if row["loss"] in MAIN]
+    rows = [row for row in rows if row["model"] == rows[0]["model"]]
+    T = max(row["T"] for row in rows if row["implementation"] == PLAIN)
+    return [row for row in rows if row["T"] == T]
 
 
 def front_table(rows: Iterable[Row]) -> Table:
     """A row for each loss of one shape: ours, plain PyTorch, and the fastest of all others."""
+
+    def what(row: Row) -> tuple[str, str, str]:
+        return dtype(row), str(row["T"]), row["loss"]
+
     cells = []
-    for (loss,), group in grouped(measured(rows), lambda row: (row["loss"],)).items():
+    for line, group in grouped(measured(rows), what).items():
         by_name = {row["implementation"]: row for row in group}
         ours, peer = ours_and_fastest_peer(group)
         name = peer["implementation"]
-        costs = [cost(row) for row in (ours, by_name["PyTorch"], peer)]
-        cells.append([loss, *costs[:2], f"{costs[2]} ({name})"])
-    columns = ["loss", OURS, "PyTorch", "the fastest other implementation"]
-    return Table("Forward and backward", columns, cells)
+        costs = [cost(row) for row in (ours, by_name[PLAIN], peer)]
+        cells.append([*line, *costs[:2], f"{costs[2]} ({name})"])
+    columns = ["dtype", "T", "loss", OURS, PLAIN, "the fastest other implementation"]
+    return Table("Forward and backward", columns, cells, texts=3)
 
 
 def cost(row: Row) -> str:
@@ -107,22 +129,43 @@ def measured(rows: Iterable[Row]) -> list[Row]:
 
 
 def missing(rows: Iterable[Row]) -> list[str]:
-    """A line for each implementation that could not run: what of it, and why."""
-    reasons: dict[tuple[str, str], list[str]] = {}
+    """A line for each reason why an implementation could not run: which ones, what of them."""
+    reasons: dict[str, dict[str, list[str]]] = {}
     for row in rows:
         if "reason" in row:
-            losses = reasons.setdefault((row["implementation"], row["reason"]), [])
+            names = reasons.setdefault(row["reason"], {})
+            losses = names.setdefault(row["implementation"], [])
             if row["loss"] not in losses:
                 losses.append(row["loss"])
-    return [f"{name} ({'; '.join(losses)}): {why}" for (name, why), losses in reasons.items()]
+    lines = []
+    for why, names in reasons.items():
+        who = [f"{name} ({'; '.join(losses)})" for name, losses in names.items()]
+        lines.append(f"{', '.join(who)}: {why}")
+    return lines
+
+
+def rounding_line(rows: Iterable[Row]) -> str:
+    """What the errors in bf16 mean, and what a pass in bf16 was there."""
+    line = (
+        "In bf16 the gradient itself is rounded, which costs up to 4e-03 (2⁻⁸). A larger error is "
+        "that of logits or log-probabilities that were rounded too; a wrong formula would have "
+        "failed in fp32."
+    )
+    if any(row["bare_converted"] for row in measured(rows)):
+        line += (
+            " This CPU has no instructions for bf16 that PyTorch uses: a pass in bf16 converts the "
+            "head to fp32, a block at a time, which is faster than PyTorch's product in bf16, a "
+            "plain loop that most of the others wait for."
+        )
+    return line
 
 
 def verdict(rows: Iterable[Row]) -> list[str]:
     """Where ours is not the fastest or not the smallest; nothing if it is both everywhere."""
     judged = [row for row in measured(rows) if row["loss"] in MAIN]
-    found = grouped(judged, lambda row: (head(row), row["T"], row["loss"]))
+    found = grouped(judged, lambda row: (dtype(row), head(row), row["T"], row["loss"]))
     lines = []
-    for (where, T, loss), group in found.items():
+    for (name, where, T, loss), group in found.items():
         ours = next((row for row in group if row["implementation"] == OURS), None)
         for figure, unit, what in (
             ("milliseconds", "ms", "faster"),
@@ -131,7 +174,7 @@ def verdict(rows: Iterable[Row]) -> list[str]:
             for row in group:
                 if ours is not None and row[figure] < ours[figure]:
                     lines.append(
-                        f"{where}, T={T}, {loss}: {row['implementation']} is {what}, "
+                        f"{name}, {where}, T={T}, {loss}: {row['implementation']} is {what}, "
                         f"{row[figure]:.4g} {unit} to our {ours[figure]:.4g}"
                     )
     return lines
@@ -145,7 +188,8 @@ def verdict_line(rows: Iterable[Row]) -> str:
     shapes = len({(row["model"], row["T"]) for row in rows})
     return (
         f"For {', '.join(MAIN[:-1])} and {MAIN[-1]} softprompt_fast is the fastest and the "
-        f"smallest of those measured, at each of the {shapes} shapes."
+        f"smallest of those measured, at each of the {shapes} shapes, in "
+        f"{' and in '.join(dict.fromkeys(map(dtype, rows)))}."
     )
 
 
@@ -188,7 +232,7 @@ def growth_table(rows: list[Row]) -> Table:
         )
     columns = ["what grows", "loss", "implementation", "exponent of time", "µs each"]
     columns += ["exponent of memory", "peak MiB", "MiB per 1000"]
-    return Table("Growth", columns, lines, texts=3)
+    return Table(f"Growth, {dtype(rows[0])}", columns, lines, texts=3)
 
 
 def grouped(items: Iterable[Item], key: Callable[[Item], tuple]) -> dict[tuple, list[Item]]:
@@ -230,11 +274,12 @@ def print_losses(rows: list[Row]) -> list[Any]:
         "A pass is one bare product with the head, timed in the same run; of floor: time against "
         "the passes that\nno implementation can avoid. MiB: peak beyond inputs and gradient. "
         "± the distance of the quartiles.",
+        rounding_line(rows),
         verdict_line(rows),
     ]
     if lines := missing(rows):
         notes.append("Not measured here:\n" + "\n".join(f"- {line}" for line in lines))
-    return [*on_screen(loss_table(rows), 2), *notes]
+    return [*on_screen(loss_table(rows), 3), *notes]
 
 
 PRINTED: dict[str, Callable[[list[Row]], list[Any]]] = {

@@ -7,9 +7,8 @@ from math import floor
 from typing import Any, NamedTuple
 
 import torch
-from cases import HEADS
+from cases import DEVICE_DTYPE, HEADS
 from device import DEVICE, ON_GPU, peak_mib, seconds
-from losses.problems import DTYPE
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from softprompt_fast import SoftPrompt, SoftPromptConfig, SoftPromptTrainer
@@ -20,6 +19,7 @@ from softprompt_fast.teacher.examples import TrainingExample
 from softprompt_fast.training.arguments import SoftPromptTrainingArguments
 
 P, QUERY, ANSWER = 16, 16, 96  # tokens of the soft prompt, of a query and of its answer
+DTYPE = getattr(torch, DEVICE_DTYPE[DEVICE.type])
 # Guesses at the size that fills the budget, each from the line through the last two sizes.
 TRIES = 4
 
