@@ -88,10 +88,10 @@ def loss_table(rows: Iterable[Row]) -> Table:
 
 def front_rows(rows: Iterable[Row], name: str) -> list[Row]:
     """The losses that training uses in a dtype, at the largest T of the first head at which plain
-    PyTorch was measured."""
+    PyTorch was measured; none where it was not, or only other lines were run."""
     rows = [row for row in of_dtype(measured(rows), name) if row["loss"] in MAIN]
     rows = [row for row in rows if row["model"] == rows[0]["model"]]
-    T = max(row["T"] for row in rows if row["implementation"] == PLAIN)
+    T = max((row["T"] for row in rows if row["implementation"] == PLAIN), default=None)
     return [row for row in rows if row["T"] == T]
 
 
