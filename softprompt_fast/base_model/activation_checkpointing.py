@@ -8,6 +8,7 @@ which is what its checkpointing asks for; the dropout modules inside of it stay 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from transformers import PreTrainedModel
@@ -22,6 +23,19 @@ def set_checkpointing(base: PreTrainedModel, mode: bool) -> None:
     base.eval()
     for layer in _layers(base):
         layer.training = mode
+
+
+@contextmanager
+def without_checkpointing(base: PreTrainedModel) -> Iterator[None]:
+    """For calls with a cache: layers that checkpoint drop it, and would not see what it holds."""
+    layers = [layer for layer in _layers(base) if layer.training]
+    for layer in layers:
+        layer.training = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = True
 
 
 @torch.no_grad()

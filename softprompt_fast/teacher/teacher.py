@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..base_model.activation_checkpointing import without_checkpointing
 from ..base_model.checks import check_ids, position_limit, position_switch
 from ..base_model.decoding import PLAIN, Sampling, end_ids
 from ..base_model.fingerprint import quantization, settle
@@ -121,7 +122,7 @@ class Teacher:
         known = {index: Answer(ids=ids) for index, ids in enumerate(given) if ids is not None}
         unread = [index for index in range(len(queries)) if record or index not in known]
         shared = self.one_reading(len(unread)) if reading is None else nullcontext(reading)
-        with shared as reading:
+        with shared as reading, without_checkpointing(self.model):
             for part in self.shards(len(queries)):
                 indices = [index for index in unread if part.start <= index < part.stop]
                 for prefix, group in self._sharing_a_prefix(reading, queries, indices):

@@ -14,6 +14,7 @@ from toy_teacher import (
     make_teacher,
 )
 
+from softprompt_fast.base_model.activation_checkpointing import set_checkpointing
 from softprompt_fast.base_model.output_head import OutputHead, hidden_states
 from softprompt_fast.base_model.prefix_cache import Prefix
 from softprompt_fast.data.queries import Query, student_layout, teacher_ids, tokenize_query
@@ -129,6 +130,18 @@ def test_recorded_states_are_those_of_one_unpadded_forward(architecture):
         assert answer.ids == ids
         alone = hidden_states(model, input_ids=torch.tensor([teacher_ids(query) + ids]))
         torch.testing.assert_close(answer.hidden, alone[0, -len(ids) - 1 : -1])
+
+
+@torch.no_grad()
+def test_layers_that_checkpoint_for_the_student_do_not_hide_the_context():
+    model = make_model()
+    expected = make_teacher(model).answer(make_queries(), given_answers(), record_hidden=True)
+    teacher = make_teacher(model)
+    model.gradient_checkpointing_enable()
+    set_checkpointing(model, True)
+    answers = teacher.answer(make_queries(), given_answers(), record_hidden=True)
+    assert all(torch.equal(a.hidden, b.hidden) for a, b in zip(answers, expected, strict=True))
+    assert all(layer.training for layer in model.model.layers)
 
 
 @torch.no_grad()
