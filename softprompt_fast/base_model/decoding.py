@@ -6,7 +6,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
 
@@ -80,15 +80,6 @@ def write(
     return [_until_end(row, end_ids) for row in written[:, ids.shape[1] :].tolist()]
 
 
-@dataclass(kw_only=True, eq=False)
-class Written:
-    """What the model wrote after one row."""
-
-    ids: list[int] = field(default_factory=list)
-    states: list[Tensor] = field(default_factory=list)
-    """[D] each: the hidden state that predicted the token."""
-
-
 @torch.no_grad()
 def write_in_rows(
     rows: Rows,
@@ -99,7 +90,7 @@ def write_in_rows(
     do_sample: bool = False,
     sampling: Sampling = PLAIN,
     on_written: Callable[[], Any] = lambda: None,
-) -> list[Written]:
+) -> list[list[int]]:
     """What the model writes after the prefix and each of ``asked``, as ``write`` does.
 
     A row whose answer has ended makes place for what is next of ``asked``. on_written: called at
@@ -107,7 +98,7 @@ def write_in_rows(
     """
     head = OutputHead.from_model(rows.model)
     draw = _Draw(sampling) if do_sample else None
-    written = [Written() for _ in asked]
+    written: list[list[int]] = [[] for _ in asked]
     waiting = deque(range(len(asked)))
     free = list(range(rows.size[0]))
     going_on: dict[int, int] = {}  # by row, the index of what it answers
@@ -120,8 +111,8 @@ def write_in_rows(
             hidden = rows.read(ids, [0] * len(ids), list(admitted))
             state |= zip(admitted, hidden[torch.arange(len(ids)), last], strict=True)
         if going_on:
-            last_ids = torch.tensor([[written[index].ids[-1]] for index in going_on.values()])
-            start = [len(asked[index]) + len(written[index].ids) - 1 for index in going_on.values()]
+            last_ids = torch.tensor([[written[index][-1]] for index in going_on.values()])
+            start = [len(asked[index]) + len(written[index]) - 1 for index in going_on.values()]
             hidden = rows.read(last_ids, start, list(going_on))
             state |= zip(going_on, hidden[:, 0], strict=True)
         going_on = dict(sorted((going_on | admitted).items()))
@@ -129,9 +120,8 @@ def write_in_rows(
         tokens = logits.argmax(dim=-1) if draw is None else draw(logits)
         for (row, index), token in zip(list(going_on.items()), tokens.tolist(), strict=True):
             answer = written[index]
-            answer.ids.append(token)
-            answer.states.append(state[row])
-            if token in end_ids or len(answer.ids) == max_new_tokens:
+            answer.append(token)
+            if token in end_ids or len(answer) == max_new_tokens:
                 del going_on[row]
                 free.append(row)
                 on_written()

@@ -36,9 +36,9 @@ class BatchReader:
         max_new_tokens: int,
         on_written: Callable[[], Any] = lambda: None,
         **options: Any,
-    ) -> list[tuple[list[int], Tensor | None]]:
-        """The answer to each of the queries, and the states [n, D] that predict it, if they are
-        known. options: end_ids, do_sample and sampling of ``decoding.write``."""
+    ) -> list[list[int]]:
+        """The answer to each of the queries. options: end_ids, do_sample and sampling of
+        ``decoding.write``."""
         written: dict[int, list[int]] = {}
         for batch in self._batches(list(map(len, asked)), more=max_new_tokens):
             prefix = self.prefix
@@ -56,7 +56,7 @@ class BatchReader:
             written.update(zip(batch, rows, strict=True))
             for _ in batch:
                 on_written()
-        return [(written[index], None) for index in range(len(asked))]
+        return [written[index] for index in range(len(asked))]
 
     def states(self, rows: Sequence[list[int]]) -> list[Tensor]:
         """The hidden states [L, D] of each row behind the prefix."""
@@ -117,14 +117,16 @@ class SharedReader:
 
     def write(
         self, asked: Sequence[list[int]], *, max_new_tokens: int, **options: Any
-    ) -> list[tuple[list[int], Tensor | None]]:
+    ) -> list[list[int]]:
         order = sorted(range(len(asked)), key=lambda index: len(asked[index]))
         rows = self._rows(len(asked), max(map(len, asked)) + max_new_tokens)
         written = write_in_rows(
             rows, [asked[index] for index in order], max_new_tokens=max_new_tokens, **options
         )
+        # The states that predict the tokens are not kept: products of one row are divided among the
+        # threads, so their bits would depend on how many there are.
         found = dict(zip(order, written, strict=True))
-        return [(found[i].ids, torch.stack(found[i].states)) for i in range(len(asked))]
+        return [found[index] for index in range(len(asked))]
 
     def states(self, rows: Sequence[list[int]]) -> list[Tensor]:
         states: dict[int, Tensor] = {}

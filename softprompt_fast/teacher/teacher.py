@@ -128,13 +128,11 @@ class Teacher:
                 for prefix, group in self._sharing_a_prefix(reading, queries, indices):
                     unanswered = [index for index in group if index not in known]
                     reading.bar.update(len(group) - len(unanswered))
-                    states = {}
                     if unanswered:
-                        states = self._write(reading, prefix, queries, unanswered, known)
+                        known |= self._write(reading, prefix, queries, unanswered)
                     if record:
-                        self._score(prefix, queries, group, known, states)
                         answered = [known[index] for index in group]
-                        recorded = [states[index] for index in group]
+                        recorded = self._score(prefix, queries, group, answered)
                         if record_hidden:
                             keep_states(answered, recorded)
                         if sketch is not None:
@@ -169,9 +167,7 @@ class Teacher:
         prefix: Prefix,
         queries: Sequence[Query],
         unanswered: list[int],
-        known: dict[int, Answer],
-    ) -> dict[int, Tensor]:
-        """Adds the answers to ``known``; gives the states that were met on the way, by query."""
+    ) -> dict[int, Answer]:
         asked = [queries[index].after for index in unanswered]
         longest = prefix.length + max(map(len, asked)) + self.max_new_tokens
         written = self._reader(prefix, longest).write(
@@ -182,31 +178,21 @@ class Teacher:
             sampling=self.sampling,
             on_written=reading.bar.update,
         )
-        known |= {i: Answer(ids=ids) for i, (ids, _) in zip(unanswered, written, strict=True)}
-        return {
-            index: states
-            for index, (_, states) in zip(unanswered, written, strict=True)
-            if states is not None
-        }
+        return {index: Answer(ids=ids) for index, ids in zip(unanswered, written, strict=True)}
 
     def _score(
-        self,
-        prefix: Prefix,
-        queries: Sequence[Query],
-        group: list[int],
-        known: dict[int, Answer],
-        states: dict[int, Tensor],
-    ) -> None:
-        """Adds the hidden states [n, D] at the positions that predict each answer of a group."""
-        unscored = [index for index in group if index not in states]
-        if not unscored:
-            return
+        self, prefix: Prefix, queries: Sequence[Query], group: list[int], answers: list[Answer]
+    ) -> list[Tensor]:
+        """Hidden states [n, D] at the positions that predict each answer of a group."""
         # The last token of an answer predicts nothing that is asked for.
-        rows = [queries[index].after + known[index].ids[:-1] for index in unscored]
-        longest = prefix.length + max(map(len, rows))
-        read = self._reader(prefix, longest).states(rows)
-        for index, state in zip(unscored, read, strict=True):
-            states[index] = state[len(queries[index].after) - 1 :]
+        rows = [
+            queries[i].after + answer.ids[:-1] for i, answer in zip(group, answers, strict=True)
+        ]
+        read = self._reader(prefix, prefix.length + max(map(len, rows))).states(rows)
+        return [
+            states[len(queries[index].after) - 1 :]
+            for index, states in zip(group, read, strict=True)
+        ]
 
     def _reader(self, prefix: Prefix, longest: int) -> BatchReader | SharedReader:
         """longest: tokens of the longest row, prefix and answer included."""
