@@ -22,12 +22,30 @@ from ..base_model.shared_prefix import Rows
 
 
 @dataclass(kw_only=True, frozen=True)
-class BatchReader:
-    """Queries in batches, each complete: the prefix, a query, an answer."""
-
+class _Reader:
     model: Any
     prefix: Prefix
     batch_size: int
+
+    def states(self, rows: Sequence[list[int]]) -> list[Tensor]:
+        """The hidden states [L, D] of each row behind the prefix."""
+        states: dict[int, Tensor] = {}
+        for batch in self._alike(list(map(len, rows))):
+            states.update(self._states(rows, batch))
+        return [states[index] for index in range(len(rows))]
+
+    def _alike(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+        """Batches of rows of about one length."""
+        return in_batches(
+            range(len(lengths)), self.batch_size, length=lengths.__getitem__, may_pad=True
+        )
+
+    def _states(self, rows: Sequence[list[int]], batch: list[int]) -> dict[int, Tensor]:
+        raise NotImplementedError
+
+
+class BatchReader(_Reader):
+    """Queries in batches, each complete: the prefix, a query, an answer."""
 
     def write(
         self,
@@ -58,24 +76,10 @@ class BatchReader:
                 on_written()
         return [written[index] for index in range(len(asked))]
 
-    def states(self, rows: Sequence[list[int]]) -> list[Tensor]:
-        """The hidden states [L, D] of each row behind the prefix."""
-        states: dict[int, Tensor] = {}
-        lengths = list(map(len, rows))
-        for batch in in_batches(
-            range(len(rows)), self.batch_size, length=lengths.__getitem__, may_pad=True
-        ):
-            whole = [self.prefix.length + lengths[index] for index in batch]
-            for part in on_one_side(whole, self.prefix.switch):
-                states.update(self._states(rows, batch[part]))
-        return [states[index] for index in range(len(rows))]
-
     def _batches(self, lengths: Sequence[int], more: int) -> Iterator[list[int]]:
         """Of queries of about one length; of equal length where the model bears no padding."""
         whole = [self.prefix.length + length for length in lengths]
-        for batch in in_batches(
-            range(len(lengths)), self.batch_size, length=lengths.__getitem__, may_pad=True
-        ):
+        for batch in self._alike(lengths):
             yield from in_batches(
                 batch,
                 self.batch_size,
@@ -86,6 +90,13 @@ class BatchReader:
             )
 
     def _states(self, rows: Sequence[list[int]], batch: list[int]) -> dict[int, Tensor]:
+        whole = [self.prefix.length + len(rows[index]) for index in batch]
+        found: dict[int, Tensor] = {}
+        for part in on_one_side(whole, self.prefix.switch):
+            found.update(self._states_of_one_call(rows, batch[part]))
+        return found
+
+    def _states_of_one_call(self, rows: Sequence[list[int]], batch: list[int]) -> dict[int, Tensor]:
         prefix = self.prefix
         # Padding on the right: no real position sees it, and none is moved by it.
         padded = pad([rows[index] for index in batch], side="right")
@@ -107,13 +118,8 @@ class BatchReader:
         return {index: hidden[row, : len(rows[index])] for row, index in enumerate(batch)}
 
 
-@dataclass(kw_only=True, frozen=True)
-class SharedReader:
+class SharedReader(_Reader):
     """Queries in rows that go on from one prefix; as ``BatchReader``."""
-
-    model: Any
-    prefix: Prefix
-    batch_size: int
 
     def write(
         self, asked: Sequence[list[int]], *, max_new_tokens: int, **options: Any
@@ -128,17 +134,11 @@ class SharedReader:
         found = dict(zip(order, written, strict=True))
         return [found[index] for index in range(len(asked))]
 
-    def states(self, rows: Sequence[list[int]]) -> list[Tensor]:
-        states: dict[int, Tensor] = {}
-        lengths = list(map(len, rows))
-        for batch in in_batches(
-            range(len(rows)), self.batch_size, length=lengths.__getitem__, may_pad=True
-        ):
-            ids, _ = pad([rows[index] for index in batch], side="right")
-            own = self._rows(len(batch), ids.shape[1])
-            hidden = own.read(ids, [0] * len(batch), range(len(batch)))
-            states.update({i: hidden[row, : lengths[i]] for row, i in enumerate(batch)})
-        return [states[index] for index in range(len(rows))]
+    def _states(self, rows: Sequence[list[int]], batch: list[int]) -> dict[int, Tensor]:
+        ids, _ = pad([rows[index] for index in batch], side="right")
+        own = self._rows(len(batch), ids.shape[1])
+        hidden = own.read(ids, [0] * len(batch), range(len(batch)))
+        return {index: hidden[row, : len(rows[index])] for row, index in enumerate(batch)}
 
     def _rows(self, most: int, capacity: int) -> Rows:
         num_rows = min(most, self.batch_size)
