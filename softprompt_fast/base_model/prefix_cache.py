@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from .checks import position_switch
 from .output_head import decoder
+from .virtual_tokens import read_as
 
 # Layers that hold nothing but keys and values, and replace them by longer tensors when they grow.
 VIEWABLE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
@@ -54,40 +55,30 @@ class Prefix:
         return self.ids.shape[1]
 
     @classmethod
-    def read(cls, model: PreTrainedModel, ids: Sequence[int]) -> Prefix:
-        """In pieces of ``PIECE`` tokens, so that no more memory is needed beside keys and values
-        than one piece takes, however long the prefix is."""
+    def read(
+        cls, model: PreTrainedModel, ids: Sequence[int], embeds: Tensor | None = None
+    ) -> Prefix:
+        """In pieces, so that no more memory is needed beside keys and values than one of them
+        takes, however long the prefix is.
+
+        embeds: [1, S, D], read in the place of the embeddings of ``ids``.
+        """
         tensor = torch.tensor([list(ids)], dtype=torch.long, device=model.device)
         # What kind of state the model keeps shows on any token, also where there is none to read.
         read = tensor if ids else tensor.new_zeros(1, 1)
-        switch = position_switch(model)
-        piece = PIECE if read.shape[1] <= switch else read.shape[1]
-        cache: Any = None
-        for start in range(0, read.shape[1], piece):
-            output = decoder(model)(
-                input_ids=read[:, start : start + piece],
-                past_key_values=cache,
-                use_cache=True,
-                return_dict=True,
-            )
-            # Mamba and RWKV call their state by other names.
-            cache = getattr(output, "past_key_values", None)
-            only_keys_and_values = type(cache) is DynamicCache and all(
-                type(layer) in VIEWABLE_LAYERS for layer in cache.layers
-            )
-            if not only_keys_and_values:  # then each batch reads the prefix anew
+        windows = cache = None
+        for _, cache in read_in_pieces(model, read, embeds):
+            windows = kept_windows(cache)
+            if windows is None:  # then each batch reads the prefix anew
                 break
-        windows = None
-        if only_keys_and_values:
-            windows = tuple(getattr(layer, "sliding_window", math.inf) for layer in cache.layers)
         counts_slots = model.config.get_text_config(decoder=True).model_type in SLOT_COUNTING_MODELS
         return cls(
             ids=tensor,
-            cache=cache if ids and only_keys_and_values else None,
+            cache=cache if ids and windows is not None else None,
             windows=windows,
             bears_padding=windows is not None,
             window=0 if windows is None or counts_slots else min(windows, default=math.inf),
-            switch=switch,
+            switch=position_switch(model),
         )
 
     def cache_for(self, batch_size: int, longest: int) -> DynamicCache | None:
@@ -115,3 +106,31 @@ class Prefix:
         leaves it; a recurrent state is changed by them, wherever they are.
         """
         return self.bears_padding and (self.length == 0 or self.length + num_more < self.window)
+
+
+def read_in_pieces(
+    model: PreTrainedModel, ids: Tensor, embeds: Tensor | None = None
+) -> Iterator[tuple[Tensor, Any]]:
+    """``PIECE`` after ``PIECE`` of the tokens [1, S]: its hidden states [1, n, D], and what the
+    model keeps of all that it has read, which is right if it is keys and values alone."""
+    length = ids.shape[1]
+    piece = PIECE if length <= position_switch(model) else length
+    cache: Any = None
+    for start in range(0, length, piece):
+        here = slice(start, start + piece)
+        with read_as(model, None if embeds is None else embeds[:, here]):
+            output = decoder(model)(
+                input_ids=ids[:, here], past_key_values=cache, use_cache=True, return_dict=True
+            )
+        # Mamba and RWKV call their state by other names.
+        cache = getattr(output, "past_key_values", None)
+        yield output.last_hidden_state, cache
+
+
+def kept_windows(cache: Any) -> tuple[float, ...] | None:
+    """How far each layer sees, in tokens; None if the model keeps more than keys and values."""
+    if type(cache) is not DynamicCache:
+        return None
+    if any(type(layer) not in VIEWABLE_LAYERS for layer in cache.layers):
+        return None
+    return tuple(getattr(layer, "sliding_window", math.inf) for layer in cache.layers)

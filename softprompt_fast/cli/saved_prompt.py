@@ -52,7 +52,7 @@ class PromptOptions:
 def recorded_inputs(options: PromptOptions, run: dict[str, Any]) -> dict[str, Any]:
     """What the user gave, else what the training run recorded, else nothing."""
     recorded = run.get("inputs", {})
-    names = ("model", "dtype", "max_new_tokens", "eval_file", "context_file")
+    names = ("model", "dtype", "max_new_tokens", "max_context_tokens", "eval_file", "context_file")
     inputs = {name: getattr(options, name, None) for name in names}
     inputs = {n: recorded.get(n) if value is None else value for n, value in inputs.items()}
     inputs["max_new_tokens"] = 64 if inputs["max_new_tokens"] is None else inputs["max_new_tokens"]

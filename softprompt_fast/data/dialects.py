@@ -18,7 +18,7 @@ from typing import Any
 
 from ..utils.text import shortened
 
-FIELDS = ("prompt", "messages", "completion", "context")
+FIELDS = ("prompt", "messages", "completion", "context", "context_span")
 ANSWERS = ("completion", "response", "answer")
 READ = (*FIELDS, *ANSWERS[1:], "system")
 # Read or a plain word: a name this close to one that is read is a misspelling of it.

@@ -6,8 +6,9 @@ One JSON object a line, in UTF-8::
     {"messages": [{"role": "user", "content": "Hi"}], "completion": "Hello", "context": "Be brief"}
 
 ``prompt`` (or its alias ``messages``) is a string or a list of messages; a closing assistant
-message is the completion. ``completion`` and ``context`` are optional. Blank lines are skipped.
-For fields of other names see ``dialects.py``.
+message is the completion. ``completion`` and ``context`` are optional, and so is ``context_span``:
+which characters of the context the query is about, ``[start, end]``. Blank lines are skipped. For
+fields of other names see ``dialects.py``.
 """
 
 from __future__ import annotations
@@ -40,6 +41,13 @@ class Record:
     """The context of this line; None means the run's own context."""
     source: str
     """Where the record was read, as ``file:line``."""
+    context_span: tuple[int, int] | None = None
+    """Characters of the context, from the first up to the second, that the query is about."""
+
+    @property
+    def asked(self) -> str:
+        """What the user says in it."""
+        return "\n".join(m["content"] for m in self.messages if m["role"] == "user")
 
 
 def read_jsonl(path, digest: Any = None) -> list[Record]:
@@ -176,7 +184,20 @@ def _record(value: dict, ignored: list[str], source: str) -> Record:
         completion=None if completion is None else _completion(completion, source),
         context=_text(value, "context", source) if value.get("context") is not None else None,
         source=source,
+        context_span=_span(value.get("context_span"), source),
     )
+
+
+def _span(value, source: str) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    is_pair = isinstance(value, list) and len(value) == 2 and all(type(n) is int for n in value)
+    if not is_pair or not 0 <= value[0] < value[1]:
+        raise ValueError(
+            f"{source}: 'context_span' must be the numbers of two characters, [start, end], the "
+            f"first one smaller; got {quoted(value)}"
+        )
+    return value[0], value[1]
 
 
 def _messages(value, field: str, source: str) -> list[dict]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..data.queries import Query, cut_context, without_context
+from ..data.queries import Query, cut_context, text_ids, without_context
 from ..data.records import Record
 from ..student.generation import generate
 from ..student.model import SoftPromptModel
@@ -31,9 +31,11 @@ from .baselines import (
     FULL,
     NONE,
     PRUNED,
+    RETRIEVED,
     SOFT,
     Rankings,
     with_pruned_context,
+    with_retrieved_chunk,
 )
 from .metrics import QUANTILES, Tokens, series, summary, token_metrics, tokens_by_position
 from .nearest_tokens import nearest_tokens
@@ -68,6 +70,7 @@ class Evaluation:
         context: str | None,
         *,
         max_new_tokens: int = 64,
+        max_context_tokens: int | None = None,
         batch_size: int = 8,
         show_progress: bool = True,
         backend: str = "auto",
@@ -83,6 +86,7 @@ class Evaluation:
             model,
             tokenizer,
             max_new_tokens=max_new_tokens,
+            max_context_tokens=max_context_tokens,
             batch_size=batch_size,
             show_progress=show_progress,
         )
@@ -90,6 +94,10 @@ class Evaluation:
         self.queries = [example.query for example in self.examples]
         self.answers = [example.answer.ids for example in self.examples]
         self.lengths = [len(ids) for ids in self.answers]
+        self.context_tokens = max(
+            len(text_ids(tokenizer, record.context or context or "")) for record in records
+        )
+        self._retrieved = with_retrieved_chunk(tokenizer, records, context)
         self._states: dict[tuple[str, int], Tensor] = {}
         self._rankings: Rankings = {}
 
@@ -120,7 +128,8 @@ class Evaluation:
             "model": self.model.config._name_or_path,
             "num_virtual_tokens": P,
             "placement": prompt.config.placement,
-            "context_tokens": max(len(query.context) for query in self.queries),
+            "context_tokens": self.context_tokens,
+            "excerpt_tokens": max(len(query.context) for query in self.queries),
             "queries": len(self.queries),
             "answer_tokens": sum(self.lengths),
             "max_new_tokens": self.teacher.max_new_tokens,
@@ -136,12 +145,14 @@ class Evaluation:
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         }
 
-    def _asked(self, queries: Sequence[Query], num_tokens: int) -> dict[str, list[Query]]:
-        """The queries as the conditions without virtual tokens ask them."""
+    def _asked(self, num_queries: int, num_tokens: int) -> dict[str, list[Query]]:
+        """The first queries as the conditions without virtual tokens ask them."""
+        queries = self.queries[:num_queries]
         return {
             NONE: [without_context(query) for query in queries],
             CUT: [cut_context(query, num_tokens) for query in queries],
             PRUNED: with_pruned_context(self.model, queries, num_tokens, self._rankings),
+            RETRIEVED: self._retrieved[:num_queries],
         }
 
     def _token_metrics(self, student: SoftPromptModel) -> dict[str, Tokens]:
@@ -149,8 +160,8 @@ class Evaluation:
         full = _all_states([example.answer for example in self.examples])
         hidden = {FULL: full, SOFT: self._prompt_states(student)}
         P = student.prompt.config.num_virtual_tokens
-        for name, queries in self._asked(self.queries, P).items():
-            key = (name, 0 if name == NONE else P)
+        for name, queries in self._asked(len(self.queries), P).items():
+            key = (name, P if name in (CUT, PRUNED) else 0)
             if key not in self._states:
                 read = self.teacher.answer(queries, self.answers, record_hidden=True)
                 self._states[key] = _all_states(read)
@@ -196,7 +207,9 @@ class Evaluation:
             for ids, record in zip(self.answers, records, strict=False)
         ]
         texts = {FULL: decode(self.teacher.answer(queries, known))}
-        for name, others in self._asked(queries, student.prompt.config.num_virtual_tokens).items():
+        for name, others in self._asked(
+            num_samples, student.prompt.config.num_virtual_tokens
+        ).items():
             texts[name] = decode(self.teacher.answer(others))
         texts[SOFT] = generate(
             student,

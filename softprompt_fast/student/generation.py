@@ -16,6 +16,7 @@ from ..base_model.prefix_cache import Prefix
 from ..data.queries import Query, student_layout
 from ..teacher.answers import Answer
 from ..teacher.examples import TrainingExample
+from ..teacher.reading import SharedReader
 from ..teacher.teacher import Teacher
 from ..utils.text import INCOMPLETE, answer_text
 from .model import SoftPromptModel
@@ -38,28 +39,11 @@ def generate(
     for query in queries:
         model.check_length(query, max_new_tokens)
     rules = _rules(model, tokenizer, max_new_tokens, batch_size)
-    placement = model.prompt.config.placement
-
-    def length(index: int) -> int:
-        own = student_layout(queries[index], placement)
-        return model.prompt.config.num_virtual_tokens + sum(map(len, own))
-
-    may_pad = Prefix.read(model.base, []).bears_padding
-    texts: dict[int, str] = {}
     with tqdm(total=len(queries), desc="answers", disable=not show_progress) as progress:
-        for part in in_batches(
-            range(len(queries)),
-            batch_size,
-            length=length,
-            may_pad=may_pad,
-            switch=position_switch(model.base),
-            more=max_new_tokens,
-        ):
-            written = _write(model, [queries[i] for i in part], rules)
-            decoded = [answer_text(tokenizer, ids) for ids in written]
-            texts.update(zip(part, decoded, strict=True))
-            progress.update(len(part))
-    return [texts[index] for index in range(len(queries))]
+        written = _write_in_rows(model, queries, rules, progress.update)
+        if written is None:
+            written = _write_in_batches(model, queries, rules, progress.update)
+    return [answer_text(tokenizer, ids) for ids in written]
 
 
 def stream(
@@ -116,8 +100,77 @@ class Pieces(BaseStreamer):
 
 
 def _rules(model: SoftPromptModel, tokenizer: Any, max_new_tokens: int, batch_size: int) -> Teacher:
-    """The teacher's: which numbers are allowed, which tokens end an answer."""
-    return Teacher(model.base, tokenizer, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    """The teacher's: which numbers are allowed, which tokens end an answer, who shares a prefix."""
+    return Teacher(
+        model.base,
+        tokenizer,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        show_progress=False,
+    )
+
+
+@torch.no_grad()
+def _write_in_rows(
+    model: SoftPromptModel,
+    queries: Sequence[Query],
+    rules: Teacher,
+    on_written: Callable[[], Any],
+) -> list[list[int]] | None:
+    """The token ids of the answers, in rows that share one copy of the prompt.
+
+    None where the model does not share it.
+    """
+    config = model.prompt.config
+    layouts = [student_layout(query, config.placement) for query in queries]
+    written: dict[int, list[int]] = {}
+    for before in dict.fromkeys(tuple(before) for before, _ in layouts):
+        group = [index for index, (own, _) in enumerate(layouts) if tuple(own) == before]
+        asked = [layouts[index][1] for index in group]
+        ids = [*before, *[0] * config.num_virtual_tokens]
+        tensor = torch.tensor([ids], device=model.prompt.embedding.device)
+        is_prompt = torch.arange(len(ids), device=tensor.device)[None] >= len(before)
+        prefix = Prefix.read(model.base, ids, model.inputs_embeds(tensor, is_prompt))
+        longest = prefix.length + max(map(len, asked)) + rules.max_new_tokens
+        reader = rules.reader(prefix, longest)
+        if not isinstance(reader, SharedReader):
+            return None
+        answers = reader.write(
+            asked,
+            max_new_tokens=rules.max_new_tokens,
+            end_ids=rules.end_ids,
+            on_written=on_written,
+        )
+        written |= zip(group, answers, strict=True)
+    return [written[index] for index in range(len(queries))]
+
+
+def _write_in_batches(
+    model: SoftPromptModel,
+    queries: Sequence[Query],
+    rules: Teacher,
+    on_written: Callable[[], Any],
+) -> list[list[int]]:
+    """The same in rows each of which is complete."""
+    config = model.prompt.config
+
+    def length(index: int) -> int:
+        own = student_layout(queries[index], config.placement)
+        return config.num_virtual_tokens + sum(map(len, own))
+
+    written: dict[int, list[int]] = {}
+    for part in in_batches(
+        range(len(queries)),
+        rules.batch_size,
+        length=length,
+        may_pad=Prefix.read(model.base, []).bears_padding,
+        switch=position_switch(model.base),
+        more=rules.max_new_tokens,
+    ):
+        written |= zip(part, _write(model, [queries[i] for i in part], rules), strict=True)
+        for _ in part:
+            on_written()
+    return [written[index] for index in range(len(queries))]
 
 
 @torch.no_grad()

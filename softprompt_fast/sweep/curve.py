@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.baselines import CUT, NONE, PRUNED, SOFT
+from ..evaluation.baselines import CUT, NONE, PRUNED, RETRIEVED, SOFT
 from ..training.run_directory import EVALUATION_FILE, read_run
 from ..utils.files import read_json
 
@@ -29,7 +29,8 @@ def compression_curve(directories: Sequence[Path]) -> dict[str, Any]:
     """From the run.json and evaluation.json of finished runs, all of one sweep.
 
     rows: one for each run, with FIGURES of its soft prompt, steps and seconds of its training
-    baselines: "no context" with FIGURES; "cut context" and "pruned context" with a row for each P
+    baselines: "no context" and "retrieved chunk" with FIGURES; "cut context" and "pruned
+    context" with a row for each P
     options: of the training, but for SWEPT; and SHARED, unless there are no runs yet
     """
     reports = [read_json(directory / EVALUATION_FILE) for directory in directories]
@@ -42,9 +43,10 @@ def compression_curve(directories: Sequence[Path]) -> dict[str, Any]:
         return curve
     first = reports[0]
     by_length = {report["num_virtual_tokens"]: report for report in reports}
-    without = first["conditions"][NONE]
+    # Reports of earlier versions have no retrieved chunk.
+    alone = [name for name in (NONE, RETRIEVED) if name in first["conditions"]]
     curve["baselines"] = {
-        NONE: {figure: without[figure] for figure in FIGURES},
+        **{name: {f: first["conditions"][name][f] for f in FIGURES} for name in alone},
         **{name: [_point(by_length[P], name) for P in sorted(by_length)] for name in (CUT, PRUNED)},
     }
     options = {name: value for name, value in runs[0]["options"].items() if name not in SWEPT}

@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from ..evaluation.baselines import CUT, NONE, PRUNED, SOFT
+from ..evaluation.baselines import CUT, NONE, PRUNED, RETRIEVED, SOFT
 from ..evaluation.report.plots import COLOURS, blank, png
 
 INCHES = (7.2, 3.8)
@@ -52,7 +52,10 @@ def curve_picture(curve: dict[str, Any]) -> bytes:
 
 
 def _draw_baselines(axes: Axes, baselines: dict[str, Any]) -> None:
-    axes.axhline(baselines[NONE]["kl"], color=COLOURS[NONE], ls="--", lw=1.4, label=NONE, zorder=1)
+    style: Any = {"ls": "--", "lw": 1.4, "zorder": 1}
+    for name in (NONE, RETRIEVED):
+        if name in baselines:
+            axes.axhline(baselines[name]["kl"], color=COLOURS[name], label=name, **style)
     for name in (CUT, PRUNED):
         rows = baselines[name]
         axes.plot(

@@ -94,6 +94,7 @@ def finish_runs(
         data.eval_records,
         data.context,
         max_new_tokens=options.max_new_tokens,
+        max_context_tokens=options.max_context_tokens,
         batch_size=options.teacher_batch_size,
         show_progress=not args.disable_tqdm,
         backend=args.backend,

@@ -6,15 +6,21 @@ from typing import Any
 
 from rich.table import Table
 
-from ..evaluation.baselines import CUT, NONE, PRUNED
+from ..evaluation.baselines import CUT, NONE, PRUNED, RETRIEVED
 from ..evaluation.report.tables import kl_with_error
 
 
 def curve_table(curve: dict[str, Any]) -> Table:
     """``sweep.compression_curve`` for ``rich`` to print."""
+    baselines = curve["baselines"]
+    alone = [
+        f"{name}: {kl_with_error(baselines[name])}"
+        for name in (NONE, RETRIEVED)
+        if name in baselines
+    ]
     title = (
         f"KL to the full context ({curve['context_tokens']} tokens), nats/token, and KL recovered; "
-        f"no context: {kl_with_error(curve['baselines'][NONE])}"
+        + ", ".join(alone)
     )
     result = Table(title=title, title_justify="left")
     headings, rows = curve_cells(curve)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import re
-import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..utils.console import printable
+from ..utils.text import folded
 
 # Queries that share this much of their trigrams ask for the same thing, in nearly the same words.
 SAME = 0.75
@@ -94,7 +94,7 @@ def subjects(text: str) -> frozenset[str]:
 
 def normalized(text: str) -> str:
     """Its words, in small letters, with single spaces between them."""
-    return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold()))
+    return " ".join(re.findall(r"\w+", folded(text)))
 
 
 class Distinct:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..base_model.loading import check_dtype
 from ..data.chat_template import parse_kwargs
+from ..teacher.teacher import LEAST_CONTEXT
 from ..utils.console import closest
 from ..utils.errors import check_at_least
 from .kinds import KINDS
@@ -35,6 +36,13 @@ class SynthesizeOptions:
     chunk_tokens: int = field(
         default=256, metadata={"help": "Longest part of the context that is asked about at a time."}
     )
+    max_context_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Of a longer context an excerpt is read with each query; default: what the "
+            "model has positions for."
+        },
+    )
     max_query_tokens: int = field(default=48, metadata={"help": "Longest query, in tokens."})
     max_new_tokens: int = field(default=64, metadata={"help": "Longest answer, in tokens."})
     temperature: float = field(
@@ -60,6 +68,7 @@ class SynthesizeOptions:
         at_least_1 = ("num_queries", "max_query_tokens", "max_new_tokens", "batch_size")
         check_at_least(self, 1, *at_least_1)
         check_at_least(self, 16, "chunk_tokens")
+        check_at_least(self, LEAST_CONTEXT, "max_context_tokens")
         check_at_least(self, 0.01, "temperature")
         check_at_least(self, 0, "heldout", "num_heldout")
         if not 0 < self.top_p <= 1:

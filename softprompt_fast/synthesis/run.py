@@ -11,11 +11,12 @@ from transformers import PreTrainedModel
 from ..base_model.decoding import Sampling
 from ..base_model.loading import load_model
 from ..data.chat_template import DATE
+from ..data.chunks import ChunkedText
 from ..data.queries import text_ids
+from ..data.records import Record
 from ..teacher.facts import teacher_facts
 from ..teacher.teacher import Teacher
 from ..utils.console import progress, say
-from .chunks import cut_into_chunks
 from .directory import HELDOUT_FILE, TRAIN_FILE, SynthesisDirectory
 from .filters import hold_out
 from .options import SynthesizeOptions
@@ -25,7 +26,7 @@ from .writer import (
     answer_queries,
     check_context_fits,
     completion,
-    tokenize_queries,
+    record_of,
     write_queries,
 )
 
@@ -44,21 +45,28 @@ def run_synthesis(options: SynthesizeOptions, context: str, directory: Synthesis
         chat_template_date=directory.read_state().get("model", {}).get(DATE),
     )
     teacher = Teacher(
-        model, tokenizer, max_new_tokens=options.max_new_tokens, batch_size=options.batch_size
+        model,
+        tokenizer,
+        max_new_tokens=options.max_new_tokens,
+        max_context_tokens=options.max_context_tokens,
+        batch_size=options.batch_size,
     )
     check_context_fits(teacher, tokenizer, context, options.max_query_tokens)
-    writer = _make_writer(options, context, model, tokenizer)
+    text = ChunkedText(
+        context, lambda text: len(text_ids(tokenizer, text)), most=options.chunk_tokens
+    )
+    writer = _make_writer(options, text.chunks, model, tokenizer)
     facts = teacher_facts(teacher, tokenizer, context)
     directory.start(facts)
     if directory.entries:
         progress(f"Going on after {len(directory.entries)} batches that {directory.path} holds")
 
     plan = _have_queries_written(options, writer, directory)
-    texts = [query.text for query in plan.queries]
-    answers = answer_queries(teacher, tokenize_queries(tokenizer, texts, context), directory)
+    records = [record_of(query.text, context_span=text.span(query.chunk)) for query in plan.queries]
+    answers = answer_queries(teacher, tokenizer, records, context, directory)
     completions = [completion(tokenizer, ids, teacher.end_ids) for ids in answers]
 
-    files = _split(options, plan.queries, completions)
+    files = _split(options, plan.queries, records, completions)
     counts = {
         **_counts_of(plan),
         "cut_answers": sum(ids[-1] not in teacher.end_ids for ids in answers),
@@ -71,13 +79,13 @@ def run_synthesis(options: SynthesizeOptions, context: str, directory: Synthesis
 
 
 def _make_writer(
-    options: SynthesizeOptions, context: str, model: PreTrainedModel, tokenizer: Any
+    options: SynthesizeOptions, chunks: Sequence[str], model: PreTrainedModel, tokenizer: Any
 ) -> Writer:
     """Raises ValueError if the model cannot read a chunk and write a query about it."""
     writer = Writer(
         model,
         tokenizer,
-        cut_into_chunks(context, options.chunk_tokens, lambda text: len(text_ids(tokenizer, text))),
+        chunks,
         max_query_tokens=options.max_query_tokens,
         batch_size=options.batch_size,
         sampling=Sampling(temperature=options.temperature, top_p=options.top_p),
@@ -108,7 +116,10 @@ def _have_queries_written(
 
 
 def _split(
-    options: SynthesizeOptions, queries: Sequence[Written], completions: Sequence[str | None]
+    options: SynthesizeOptions,
+    queries: Sequence[Written],
+    records: Sequence[Record],
+    completions: Sequence[str | None],
 ) -> dict[str, list[dict[str, Any]]]:
     """The lines of each file."""
     held_out = hold_out(
@@ -118,9 +129,10 @@ def _split(
         options.seed,
     )
     files: dict[str, list[dict[str, Any]]] = {TRAIN_FILE: [], HELDOUT_FILE: []}
-    for index, (query, text) in enumerate(zip(queries, completions, strict=True)):
+    for index, (query, record, text) in enumerate(zip(queries, records, completions, strict=True)):
         answer = {} if text is None else {"completion": text}
-        line = {"prompt": query.text, **answer, "kind": query.kind, "chunk": query.chunk}
+        about = {"kind": query.kind, "chunk": query.chunk, "context_span": record.context_span}
+        line = {"prompt": query.text, **answer, **about}
         files[HELDOUT_FILE if index in held_out else TRAIN_FILE].append(line)
     return {name: lines for name, lines in files.items() if lines}
 

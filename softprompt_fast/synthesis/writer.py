@@ -12,8 +12,11 @@ from transformers import PreTrainedModel
 
 from ..base_model.checks import position_limit
 from ..base_model.decoding import Sampling
-from ..data.queries import Query, teacher_ids, text_ids, tokenize_answer, tokenize_query
-from ..teacher.teacher import Teacher
+from ..data.queries import Query, text_ids, tokenize_answer, tokenize_query
+from ..data.records import Record
+from ..teacher.examples import by_context, tokenize_records
+from ..teacher.excerpts import Room, with_excerpts
+from ..teacher.teacher import LEAST_CONTEXT, Teacher
 from ..utils.text import text_of
 from .directory import SynthesisDirectory
 from .kinds import EXAMPLES, KINDS, asking_for
@@ -40,11 +43,17 @@ def write_queries(plan: QueryPlan, writer: Writer, directory: SynthesisDirectory
 
 
 def answer_queries(
-    teacher: Teacher, queries: Sequence[Query], directory: SynthesisDirectory
+    teacher: Teacher,
+    tokenizer: Any,
+    records: Sequence[Record],
+    context: str,
+    directory: SynthesisDirectory,
 ) -> list[list[int]]:
     """The token ids of the answer to each query, a batch of which is kept at a time."""
     done = [entry for entry in directory.entries if "answers" in entry]
     answers: list[list[int]] = []
+    order, in_order = by_context(with_excerpts(teacher, tokenizer, records, context))
+    queries = tokenize_records(tokenizer, in_order, context)
     with teacher.one_reading(len(queries)) as reading:
         while len(answers) < len(queries):
             batch = queries[len(answers) : len(answers) + teacher.batch_size]
@@ -57,7 +66,8 @@ def answer_queries(
                 entry = {"answers": [answer.ids for answer in written]}
                 directory.add(entry)
             answers += entry["answers"]
-    return answers
+    in_place = dict(zip(order, answers, strict=True))
+    return [in_place[index] for index in range(len(answers))]
 
 
 def recipe_sha256() -> str:
@@ -65,13 +75,14 @@ def recipe_sha256() -> str:
     return hashlib.sha256(repr((EXAMPLES, KINDS)).encode()).hexdigest()
 
 
-def tokenize_queries(tokenizer: Any, texts: Sequence[str], context: str) -> list[Query]:
-    return [
-        tokenize_query(
-            tokenizer, [{"role": "user", "content": text}], context, source=f"the query {text!r}"
-        )
-        for text in texts
-    ]
+def record_of(text: str, *, context_span: tuple[int, int] | None = None) -> Record:
+    return Record(
+        messages=[{"role": "user", "content": text}],
+        completion=None,
+        context=None,
+        source=f"the query {text!r}",
+        context_span=context_span,
+    )
 
 
 def longest_query(tokenizer: Any, max_query_tokens: int) -> int:
@@ -83,15 +94,15 @@ def longest_query(tokenizer: Any, max_query_tokens: int) -> int:
 def check_context_fits(
     teacher: Teacher, tokenizer: Any, context: str, max_query_tokens: int
 ) -> None:
-    """Raises ValueError if the model cannot read the context, a query and its answer."""
-    limit = position_limit(teacher.model)
-    asked = len(teacher_ids(tokenize_queries(tokenizer, ["?"], context)[0]))
-    asked += longest_query(tokenizer, max_query_tokens)
-    if limit is not None and asked + teacher.max_new_tokens > limit:
+    """Raises ValueError if the model cannot read a query, its answer and some of the context."""
+    (query,) = tokenize_records(tokenizer, [record_of("?")], context)
+    asked = len(query.before + query.after) + longest_query(tokenizer, max_query_tokens)
+    room = Room(teacher, asked + teacher.max_new_tokens)
+    if len(query.context) > room.whole and room.excerpt < LEAST_CONTEXT:
         raise ValueError(
-            f"the context and a query take up to {asked} tokens and the answer up to "
-            f"{teacher.max_new_tokens}, but the model has {limit} positions. Shorten the context, "
-            "or lower max_query_tokens or max_new_tokens."
+            f"a query takes up to {asked} tokens and the answer up to {teacher.max_new_tokens}, "
+            f"but the model has {position_limit(teacher.model)} positions, and should read some of "
+            "the context with them. Lower max_query_tokens or max_new_tokens."
         )
 
 

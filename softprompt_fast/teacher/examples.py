@@ -12,6 +12,7 @@ from ..utils.console import progress
 from .answers import Answer, SketchOptions
 from .cache import TeacherCache
 from .distributed import answer_together
+from .excerpts import with_excerpts
 from .facts import teacher_facts
 from .teacher import Teacher
 
@@ -52,6 +53,7 @@ def make_examples(
 ) -> list[TrainingExample]:
     """Tokenised queries with the answers of the data, or else of the teacher.
 
+    Of a context that is too long for the teacher, a query has an excerpt (``with_excerpts``).
     record_hidden, sketch: what the answers hold besides their ids. cache: what it holds is not
     computed, and what is computed goes there. together: all processes of the run call this at once,
     and share the work.
@@ -59,6 +61,7 @@ def make_examples(
     ValueError as the cache does.
     """
     check_contexts(records, context)
+    order, records = by_context(with_excerpts(teacher, tokenizer, records, context))
     queries = tokenize_records(tokenizer, records, context)
     given = [
         None
@@ -73,6 +76,7 @@ def make_examples(
         facts = teacher_facts(teacher, tokenizer, context, **form)
         answers = cache.answers(teacher, queries, given, facts, **form)
     examples = [TrainingExample(query=q, answer=a) for q, a in zip(queries, answers, strict=True)]
+    in_place = dict(zip(order, examples, strict=True))
     cut = count_cut(records, examples, teacher)
     if cut:
         advice = "; --max_new_tokens takes more" if cut >= OFTEN_CUT * len(records) else ""
@@ -80,7 +84,14 @@ def make_examples(
             f"{cut} of {len(records)} answers of the teacher reached max_new_tokens="
             f"{teacher.max_new_tokens} and were cut there{advice}"
         )
-    return examples
+    return [in_place[index] for index in range(len(examples))]
+
+
+def by_context(records: Sequence[Record]) -> tuple[list[int], list[Record]]:
+    """Those that share a context after each other, so that it is read once; and which they are."""
+    first = {record.context: index for index, record in reversed(list(enumerate(records)))}
+    order = sorted(range(len(records)), key=lambda index: first[records[index].context])
+    return order, [records[index] for index in order]
 
 
 def count_cut(

@@ -35,6 +35,8 @@ from .reading import BatchReader, SharedReader
 # computed again without a change to another.
 SHARD_BATCHES = 4
 
+LEAST_CONTEXT = 16
+
 
 class Reading:
     """What several calls of ``Teacher.answer`` share."""
@@ -63,15 +65,21 @@ class Teacher:
         batch_size: int = 8,
         do_sample: bool = False,
         sampling: Sampling = PLAIN,
+        max_context_tokens: int | None = None,
         show_progress: bool = True,
     ) -> None:
         """Puts ``model`` into evaluation mode: with dropout, its answers would be another's.
 
         do_sample: draw from the model's distribution instead of taking its maximum; sampling: how.
+        max_context_tokens: of a longer context ``make_examples`` gives it an excerpt.
         """
-        for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
-            if value < 1:
-                raise ValueError(f"{name} must be >= 1: got {value}.")
+        for name, value, least in (
+            ("max_new_tokens", max_new_tokens, 1),
+            ("batch_size", batch_size, 1),
+            ("max_context_tokens", max_context_tokens, LEAST_CONTEXT),
+        ):
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be >= {least}: got {value}.")
         if not model.config.return_dict:
             raise ValueError(
                 f"{type(model).__name__}: config.return_dict must be True: got False, with which "
@@ -84,9 +92,10 @@ class Teacher:
         self.batch_size = batch_size
         self.do_sample = do_sample
         self.sampling = sampling
+        self.max_context_tokens = max_context_tokens
         self.show_progress = show_progress
         self.end_ids = end_ids(model, tokenizer)
-        self._has_said_so = False
+        self._noted: set[str] = set()
         self._shares_prefix: bool | None = None  # not known yet
 
     @torch.no_grad()
@@ -151,6 +160,22 @@ class Teacher:
         with tqdm(total=num_queries, desc="teacher", unit="query", disable=silent) as bar:
             yield Reading(self.model, bar)
 
+    def reader(self, prefix: Prefix, longest: int) -> BatchReader | SharedReader:
+        """How rows behind the prefix are read. longest: tokens of the longest one, prefix and
+        answer included."""
+        if self._shares_prefix is None:
+            reason = why_not_shared(self.model, prefix)
+            self._shares_prefix = reason is None
+            if reason is not None and self.show_progress:
+                progress(
+                    f"Note: {type(self.model).__name__} does not share one context among the "
+                    f"queries ({reason}): each batch has its own, which takes memory and time"
+                )
+        # Keys that are turned otherwise in a call beyond the switch are of no use to it.
+        turns = prefix.length <= prefix.switch < longest
+        kind = SharedReader if self._shares_prefix and not turns else BatchReader
+        return kind(model=self.model, prefix=prefix, batch_size=self.batch_size)
+
     def _sharing_a_prefix(
         self, reading: Reading, queries: Sequence[Query], indices: list[int]
     ) -> Iterator[tuple[Prefix, list[int]]]:
@@ -170,7 +195,7 @@ class Teacher:
     ) -> dict[int, Answer]:
         asked = [queries[index].after for index in unanswered]
         longest = prefix.length + max(map(len, asked)) + self.max_new_tokens
-        written = self._reader(prefix, longest).write(
+        written = self.reader(prefix, longest).write(
             asked,
             max_new_tokens=self.max_new_tokens,
             end_ids=self.end_ids,
@@ -188,30 +213,15 @@ class Teacher:
         rows = [
             queries[i].after + answer.ids[:-1] for i, answer in zip(group, answers, strict=True)
         ]
-        read = self._reader(prefix, prefix.length + max(map(len, rows))).states(rows)
+        read = self.reader(prefix, prefix.length + max(map(len, rows))).states(rows)
         return [
             states[len(queries[index].after) - 1 :]
             for index, states in zip(group, read, strict=True)
         ]
 
-    def _reader(self, prefix: Prefix, longest: int) -> BatchReader | SharedReader:
-        """longest: tokens of the longest row, prefix and answer included."""
-        if self._shares_prefix is None:
-            reason = why_not_shared(self.model, prefix)
-            self._shares_prefix = reason is None
-            if reason is not None and self.show_progress:
-                progress(
-                    f"Note: {type(self.model).__name__} does not share one context among the "
-                    f"queries ({reason}): each batch has its own, which takes memory and time"
-                )
-        # Keys that are turned otherwise in a call beyond the switch are of no use to it.
-        turns = prefix.length <= prefix.switch < longest
-        kind = SharedReader if self._shares_prefix and not turns else BatchReader
-        return kind(model=self.model, prefix=prefix, batch_size=self.batch_size)
-
     def _say_what_is_not_shared(self, queries: Sequence[Query]) -> None:
         switch = position_switch(self.model)
-        if self._has_said_so or switch == math.inf:
+        if switch == math.inf:
             return
         passing = [
             query
@@ -219,12 +229,17 @@ class Teacher:
             if len(query.before + query.context) <= switch < len(teacher_ids(query))
         ]
         if passing:
-            self._has_said_so = True
-            progress(
+            self.note_once(
+                "switch",
                 f"Note: {type(self.model).__name__} turns all keys otherwise in a call of more "
                 f"than {switch} tokens: {len(passing)} queries pass that, and the context is read "
-                "anew for each batch of them"
+                "anew for each batch of them",
             )
+
+    def note_once(self, about: str, text: str) -> None:
+        if about not in self._noted:
+            self._noted.add(about)
+            progress(text)
 
     def _check_length(self, query: Query, ids: list[int] | None) -> None:
         name = query.source or f"the query that ends in tokens {query.after[-5:]}"

@@ -13,6 +13,7 @@ from .. import backends
 from ..base_model.loading import check_dtype
 from ..data.chat_template import parse_kwargs
 from ..losses.options import check_options
+from ..teacher.teacher import LEAST_CONTEXT
 from ..utils.errors import check_at_least
 
 Store = Literal["auto", "sketch", "hidden", "online"]
@@ -149,6 +150,13 @@ class TrainOptions:
     max_new_tokens: int = field(
         default=64, metadata={"help": "Longest answer of the teacher, in tokens."}
     )
+    max_context_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Of a longer context the teacher reads an excerpt with each query; default: "
+            "what the model has positions for."
+        },
+    )
     teacher_batch_size: int = field(default=16, metadata={"help": "Queries answered at a time."})
     teacher_store: Store = field(
         default="auto",
@@ -200,6 +208,7 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "max_new_tokens", "teacher_batch_size", "teacher_top_k")
+        check_at_least(self, LEAST_CONTEXT, "max_context_tokens")
         check_dtype(self.dtype)
         self.chat_template_kwargs = parse_kwargs(self.chat_template_kwargs)
 

@@ -93,7 +93,7 @@ def read_run(path: str | os.PathLike[str]) -> dict[str, Any]:
     file = Path(path) / RUN_FILE
     run = read_state(file, inputs=dict, options=dict)
     for name, value in run.get("inputs", {}).items():
-        kind = int if name == "max_new_tokens" else str
+        kind = int if name in ("max_new_tokens", "max_context_tokens") else str
         if value is not None:
             check_kind(file, name, value, kind)
     return run

@@ -195,6 +195,7 @@ def teach(
         tokenizer,
         max_new_tokens=options.max_new_tokens,
         batch_size=options.teacher_batch_size,
+        max_context_tokens=options.max_context_tokens,
         show_progress=not args.disable_tqdm,
     )
     head = OutputHead.from_model(model)
@@ -225,7 +226,8 @@ def _leave_process_group() -> None:
 def run_inputs(options: TrainOptions) -> dict[str, Any]:
     """Where the model and the data are, by absolute path, and how the model is used."""
     inputs: dict[str, Any] = {
-        name: getattr(options, name) for name in ("model", "dtype", "max_new_tokens")
+        name: getattr(options, name)
+        for name in ("model", "dtype", "max_new_tokens", "max_context_tokens")
     }
     model = os.path.expanduser(options.model)
     if os.path.isdir(model):

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 # What a decoder writes for the bytes of a character that is not complete yet.
 INCOMPLETE = "\ufffd"
+# Scripts that put no space between words: each of their characters counts as one.
+UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
+WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")
 
 
 def text_of(tokenizer: Any, ids: Sequence[int], **options: Any) -> str:
@@ -42,3 +47,13 @@ def shortened(text: str, characters: int) -> str:
     if len(text) <= characters:
         return text
     return f"{text[:characters]} … ({len(text):,} characters)"
+
+
+def words(text: str) -> list[str]:
+    """Its words as they are compared: in whatever letters they are written."""
+    return WORD.findall(folded(text))
+
+
+def folded(text: str) -> str:
+    """The text where capital letters, and other forms of the same letter, make no difference."""
+    return unicodedata.normalize("NFKC", text).casefold()

@@ -344,3 +344,12 @@ def test_an_answer_of_tool_calls_is_refused(write):
     path = write(json.dumps({"messages": [USER, called]}))
     with pytest.raises(ValueError, match="'messages' ends with tool calls"):
         read_jsonl(path)
+
+
+def test_which_characters_a_query_is_about(write):
+    path = write(json.dumps({"prompt": "Hi", "context_span": [3, 9]}))
+    assert read_jsonl(path)[0].context_span == (3, 9)
+    for wrong in ([3], [9, 3], [-1, 3], [1.0, 2], [True, 2], "3:9", {"start": 3}):
+        path = write(json.dumps({"prompt": "Hi", "context_span": wrong}))
+        with pytest.raises(ValueError, match="'context_span' must be the numbers of two char"):
+            read_jsonl(path)

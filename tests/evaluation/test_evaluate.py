@@ -30,6 +30,7 @@ def oracle_inputs(model, prompt, query, kept):
         "no context": of(query.plain),
         "cut context": of(query.before + query.context[:P] + query.after),
         "pruned context": of(query.before + kept + query.after),
+        "retrieved chunk": of(teacher_ids(query)),  # it is all of this context
         "soft prompt": torch.cat([of(before), prompt.embedding, of(after)]),
     }
 

@@ -44,6 +44,24 @@ def test_answers_do_not_depend_on_the_batch(architecture, placement):
     assert len(set(together)) > 1
 
 
+@pytest.mark.parametrize("placement", ["system", "prefix"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3", "gemma3n", "phi3"])
+def test_rows_that_share_the_prompt_answer_as_one_that_is_read_alone(architecture, placement):
+    """``stream`` has transformers write, behind a prompt of the query's own."""
+    student = make_student(make_model(architecture), placement=placement)
+    alone = [
+        stream(
+            student,
+            make_tokenizer(),
+            tokenize_query(make_tokenizer(), [{"role": "user", "content": question}], CONTEXT),
+            lambda piece: None,
+            max_new_tokens=NEW_TOKENS,
+        )
+        for question in QUESTIONS
+    ]
+    assert answers(student, batch_size=2) == alone
+
+
 def test_the_checkpoints_own_defaults_change_no_answer():
     student = make_student(make_model())
     expected = answers(student)
@@ -65,10 +83,11 @@ def test_a_model_that_never_calls_its_embedding_layer_is_named(monkeypatch):
     student = make_student(make_model())
     written = torch.zeros(1, 99, dtype=torch.long)
     monkeypatch.setattr(student.base, "generate", lambda **inputs: written)
+    query = tokenize_query(make_tokenizer(), [{"role": "user", "content": "Hi"}], CONTEXT)
     with pytest.raises(
         ValueError, match="LlamaForCausalLM does not read all ids of a call through"
     ):
-        answers(student, ["Hi"])
+        stream(student, make_tokenizer(), query, print)
 
 
 def test_a_prompt_longer_than_the_model_is_named():

@@ -21,7 +21,6 @@ from softprompt_fast.cli.main import main
 from softprompt_fast.data.queries import tokenize_answer
 from softprompt_fast.data.records import read_jsonl
 from softprompt_fast.synthesis import run as synthesis_run
-from softprompt_fast.synthesis.chunks import cut_into_chunks
 from softprompt_fast.synthesis.directory import JOURNAL_FILE
 from softprompt_fast.synthesis.filters import (
     Distinct,
@@ -36,28 +35,6 @@ from softprompt_fast.synthesis.kinds import KINDS
 from softprompt_fast.synthesis.plan import DRY, MOST_TEXTS, QueryPlan, Visit
 from softprompt_fast.synthesis.writer import Writer, completion
 from softprompt_fast.utils.owned_directory import locked
-
-# Chunks
-
-
-@given(text=st.text(alphabet="ab é中.\n", min_size=1, max_size=300), most=st.integers(1, 40))
-def test_chunks_make_up_the_text_and_none_is_longer_than_asked(text, most):
-    chunks = cut_into_chunks(text, most, len)
-    assert "".join(chunks) == text
-    assert all(0 < len(chunk) <= most for chunk in chunks)
-
-
-@given(words=st.lists(st.sampled_from(["a", "bbb.", "ccccc\n", "dd\n\n"]), min_size=1))
-def test_no_word_is_cut(words):
-    chunks = cut_into_chunks(" ".join(words), 8, len)
-    assert [word for chunk in chunks for word in chunk.split()] == " ".join(words).split()
-
-
-@pytest.mark.parametrize("best", ["\n\n", "\n", ". "])
-def test_paragraphs_then_lines_then_sentences_are_the_places_to_cut(best):
-    parts = ["One two three four" + best, "five six seven eight nine ten"]
-    assert cut_into_chunks("".join(parts), 30, len) == parts
-
 
 # Texts
 
@@ -311,6 +288,32 @@ def test_the_files_are_what_training_reads(flags, tmp_path, capsys):
     assert set(before) == {"synthesis.json", "train.jsonl", "heldout.jsonl"}
 
 
+def test_a_query_says_which_characters_of_the_context_it_is_about(flags, tmp_path):
+    assert main(flags(tmp_path, num_heldout=3)) == 0
+    chunks = json.loads((tmp_path / "synthesis.json").read_text())["chunks"]
+    for name in ("train", "heldout"):
+        lines = (tmp_path / f"{name}.jsonl").read_text().splitlines()
+        for line, record in zip(
+            map(json.loads, lines), read_jsonl(tmp_path / f"{name}.jsonl"), strict=True
+        ):
+            start, end = record.context_span
+            assert CONTEXT[start:end] == chunks[line["chunk"]]
+
+
+def test_a_context_longer_than_the_model_is_written_about_all_over(flags, tmp_path, capsys):
+    long = tmp_path / "long.txt"
+    long.write_text("\n\n".join(f"Rule {number}: {CONTEXT}" for number in range(160)))
+    assert main(flags(tmp_path / "out", context_file=long, chunk_tokens=512, num_queries=60)) == 0
+    assert "each query from the one around what it asks about" in capsys.readouterr().err
+    spans = [record.context_span for record in read_jsonl(tmp_path / "out/train.jsonl")]
+    assert min(spans)[0] < 1000 and max(spans)[1] > 9000
+
+
+def test_a_query_that_leaves_no_room_for_a_context_is_refused(flags, tmp_path, capsys):
+    assert main(flags(tmp_path / "new", max_new_tokens=4090)) == 1
+    assert "the answer up to 4090, but the model has 4096 positions" in capsys.readouterr().err
+
+
 def test_a_run_killed_over_and_over_ends_with_the_same_files(flags, tmp_path):
     def job(directory):
         assert main(flags(directory)) == 0
@@ -441,11 +444,9 @@ def test_wrong_values_change_nothing(flags, tmp_path, capsys, changes, message):
 
 def test_bad_contexts_are_named(flags, tmp_path, capsys):
     (tmp_path / "empty").write_text(" \n")
-    (tmp_path / "long").write_text("word " * 1000)
     for name, message in [
         ("missing", f"{tmp_path}/missing: No such file"),
         ("empty", f"{tmp_path}/empty: the file is empty"),
-        ("long", "tokens and the answer up to 3, but the model has 4096 positions"),
     ]:
         assert main(flags(tmp_path / "new", context_file=tmp_path / name)) == 1
         assert message in capsys.readouterr().err

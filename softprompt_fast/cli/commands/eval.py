@@ -15,6 +15,7 @@ from ...evaluation.report.page import page
 from ...evaluation.report.plots import pictures
 from ...evaluation.report.tables import side_by_side, table
 from ...teacher.examples import check_contexts
+from ...teacher.teacher import LEAST_CONTEXT
 from ...training.run_directory import EVALUATION_FILE, facts_of_run, read_run
 from ...utils.console import progress, say
 from ...utils.errors import check_at_least
@@ -31,6 +32,13 @@ class EvalOptions(PromptOptions):
     context_file: str | None = field(
         default=None, metadata={"help": "Text file of the full context; default: the run's."}
     )
+    max_context_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Of a longer context the teacher reads an excerpt with each query; default: as "
+            "in training."
+        },
+    )
     batch_size: int = field(default=16, metadata={"help": "Queries read at a time."})
     workspace_mib: float = field(default=256, metadata={"help": "Memory for logits, in MiB."})
     num_samples: int = field(default=4, metadata={"help": "Queries whose answers are shown."})
@@ -38,6 +46,7 @@ class EvalOptions(PromptOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least(self, 1, "batch_size", "workspace_mib")
+        check_at_least(self, LEAST_CONTEXT, "max_context_tokens")
         check_at_least(self, 0, "num_samples")
 
 
@@ -63,6 +72,7 @@ def evaluate_prompt(options: EvalOptions, invocation: Invocation) -> int:
         records,
         context,
         max_new_tokens=inputs["max_new_tokens"],
+        max_context_tokens=inputs["max_context_tokens"],
         batch_size=options.batch_size,
         num_samples=options.num_samples,
         workspace_mib=options.workspace_mib,

@@ -14,10 +14,17 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..baselines import CUT, FULL, NONE, PRUNED, SOFT
+from ..baselines import CUT, FULL, NONE, PRUNED, RETRIEVED, SOFT
 
-COLOURS = {FULL: "#222222", NONE: "#b5b5b5", CUT: "#c9871f", PRUNED: "#8a6fb3", SOFT: "#1f6fb4"}
-COMPARED = (NONE, CUT, PRUNED, SOFT)
+COLOURS = {
+    FULL: "#222222",
+    NONE: "#b5b5b5",
+    CUT: "#c9871f",
+    PRUNED: "#8a6fb3",
+    RETRIEVED: "#4b9b6e",
+    SOFT: "#1f6fb4",
+}
+COMPARED = (NONE, CUT, PRUNED, RETRIEVED, SOFT)
 # A mean over fewer answers than this share of them is of those few that are long.
 SHARE_OF_ANSWERS = 0.1
 # KL below it is rounding; the axis of its distribution begins here.

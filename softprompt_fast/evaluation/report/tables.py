@@ -17,9 +17,12 @@ CHARACTERS = 600
 
 def table(report: dict[str, Any]) -> Table:
     """The report's conditions, for ``rich`` to print."""
+    context = f"{report['context_tokens']} context tokens"
+    if report["excerpt_tokens"] < report["context_tokens"]:
+        context += f", read in excerpts of up to {report['excerpt_tokens']},"
     title = (
         f"{report['queries']} held-out queries, {report['answer_tokens']} answer tokens; "
-        f"{report['context_tokens']} context tokens -> {report['num_virtual_tokens']} virtual"
+        f"{context} -> {report['num_virtual_tokens']} virtual"
     )
     result = Table(title=title, title_justify="left")
     result.add_column("model reads")
