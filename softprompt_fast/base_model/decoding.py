@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -14,17 +13,10 @@ import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    LogitsProcessorList,
-    TemperatureLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import GenerationConfig
 
 from ..data.queries import turn_end
 from .checks import position_switch
-from .output_head import OutputHead
-from .shared_prefix import Rows
 from .virtual_tokens import read_as
 
 
@@ -78,71 +70,6 @@ def write(
             **(sampling.options() if do_sample else {"do_sample": False}),
         )
     return [_until_end(row, end_ids) for row in written[:, ids.shape[1] :].tolist()]
-
-
-@torch.no_grad()
-def write_in_rows(
-    rows: Rows,
-    asked: Sequence[list[int]],
-    *,
-    max_new_tokens: int,
-    end_ids: Sequence[int],
-    do_sample: bool = False,
-    sampling: Sampling = PLAIN,
-    on_written: Callable[[], Any] = lambda: None,
-) -> list[list[int]]:
-    """What the model writes after the prefix and each of ``asked``, as ``write`` does.
-
-    A row whose answer has ended makes place for what is next of ``asked``. on_written: called at
-    the end of each.
-    """
-    head = OutputHead.from_model(rows.model)
-    draw = _Draw(sampling) if do_sample else None
-    written: list[list[int]] = [[] for _ in asked]
-    waiting = deque(range(len(asked)))
-    free = list(range(rows.size[0]))
-    going_on: dict[int, int] = {}  # by row, the index of what it answers
-    while waiting or going_on:
-        admitted = {free.pop(0): waiting.popleft() for _ in range(min(len(free), len(waiting)))}
-        state: dict[int, Tensor] = {}  # of a row, after its last token
-        if admitted:
-            ids, mask = pad([asked[index] for index in admitted.values()], side="right")
-            last = mask.sum(dim=1) - 1
-            hidden = rows.read(ids, [0] * len(ids), list(admitted))
-            state |= zip(admitted, hidden[torch.arange(len(ids)), last], strict=True)
-        if going_on:
-            last_ids = torch.tensor([[written[index][-1]] for index in going_on.values()])
-            start = [len(asked[index]) + len(written[index]) - 1 for index in going_on.values()]
-            hidden = rows.read(last_ids, start, list(going_on))
-            state |= zip(going_on, hidden[:, 0], strict=True)
-        going_on = dict(sorted((going_on | admitted).items()))
-        logits = head.logits(torch.stack([state[row] for row in going_on]))
-        tokens = logits.argmax(dim=-1) if draw is None else draw(logits)
-        for (row, index), token in zip(list(going_on.items()), tokens.tolist(), strict=True):
-            answer = written[index]
-            answer.append(token)
-            if token in end_ids or len(answer) == max_new_tokens:
-                del going_on[row]
-                free.append(row)
-                on_written()
-        free.sort()
-    return written
-
-
-class _Draw:
-    """One token of each row of logits [B, V], drawn as transformers draws it."""
-
-    def __init__(self, sampling: Sampling) -> None:
-        self.changes = LogitsProcessorList()
-        if sampling.temperature != 1.0:
-            self.changes.append(TemperatureLogitsWarper(sampling.temperature))
-        if sampling.top_p < 1.0:
-            self.changes.append(TopPLogitsWarper(sampling.top_p))
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        no_ids: Any = torch.zeros(len(logits), 0, dtype=torch.long, device=logits.device)
-        changed: Any = self.changes(no_ids, logits)
-        return torch.multinomial(changed.softmax(dim=-1), 1)[:, 0]
 
 
 def pad(rows: Sequence[list[int]], *, side: str) -> tuple[Tensor, Tensor]:

@@ -50,6 +50,9 @@ class Prefix:
     switch: float
     """The model's ``position_switch``."""
 
+    token_bytes: int
+    """Of the keys and values of a token, where the model keeps nothing else."""
+
     @property
     def length(self) -> int:
         return self.ids.shape[1]
@@ -66,7 +69,8 @@ class Prefix:
         tensor = torch.tensor([list(ids)], dtype=torch.long, device=model.device)
         # What kind of state the model keeps shows on any token, also where there is none to read.
         read = tensor if ids else tensor.new_zeros(1, 1)
-        windows = cache = None
+        windows = None
+        cache: Any = None
         for _, cache in read_in_pieces(model, read, embeds):
             windows = kept_windows(cache)
             if windows is None:  # then each batch reads the prefix anew
@@ -79,6 +83,14 @@ class Prefix:
             bears_padding=windows is not None,
             window=0 if windows is None or counts_slots else min(windows, default=math.inf),
             switch=position_switch(model),
+            token_bytes=0
+            if windows is None
+            else sum(
+                held[:, :, :1].nbytes
+                for layer in cache.layers
+                if layer.is_initialized
+                for held in (layer.keys, layer.values)
+            ),
         )
 
     def cache_for(self, batch_size: int, longest: int) -> DynamicCache | None:

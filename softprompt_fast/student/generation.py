@@ -141,7 +141,7 @@ def _write_in_rows(
             end_ids=rules.end_ids,
             on_written=on_written,
         )
-        written |= zip(group, answers, strict=True)
+        written |= zip(group, (answer.ids for answer in answers), strict=True)
     return [written[index] for index in range(len(queries))]
 
 

@@ -22,7 +22,7 @@ from .answers import SketchOptions
 from .teacher import Teacher
 
 # Raised whenever the same facts lead to other bytes.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 # Where a model was loaded from, and by what.
 NOT_OF_THE_MODEL = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 

@@ -15,10 +15,15 @@ import torch
 from torch import Tensor
 
 from ..base_model.checks import on_one_side
-from ..base_model.decoding import in_batches, pad, write, write_in_rows
+from ..base_model.continuous_batching import Written, write_in_rows
+from ..base_model.decoding import in_batches, pad, write
 from ..base_model.output_head import hidden_states
 from ..base_model.prefix_cache import Prefix
 from ..base_model.shared_prefix import Rows
+
+# Rows take little memory where they share a prefix, and many of them take little longer than few:
+# as many are written at a time as have keys and values of this size, beyond ``batch_size``.
+ROWS_MIB = 192
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -52,9 +57,10 @@ class BatchReader(_Reader):
         asked: Sequence[list[int]],
         *,
         max_new_tokens: int,
+        with_states: bool = False,
         on_written: Callable[[], Any] = lambda: None,
         **options: Any,
-    ) -> list[list[int]]:
+    ) -> list[Written]:
         """The answer to each of the queries. options: end_ids, do_sample and sampling of
         ``decoding.write``."""
         written: dict[int, list[int]] = {}
@@ -74,7 +80,12 @@ class BatchReader(_Reader):
             written.update(zip(batch, rows, strict=True))
             for _ in batch:
                 on_written()
-        return [written[index] for index in range(len(asked))]
+        answers = [Written(ids=written[index]) for index in range(len(asked))]
+        if with_states:
+            whole = [ids + answer.ids[:-1] for ids, answer in zip(asked, answers, strict=True)]
+            for answer, states in zip(answers, self.states(whole), strict=True):
+                answer.states = states[-len(answer.ids) :]
+        return answers
 
     def _batches(self, lengths: Sequence[int], more: int) -> Iterator[list[int]]:
         """Of queries of about one length; of equal length where the model bears no padding."""
@@ -123,14 +134,15 @@ class SharedReader(_Reader):
 
     def write(
         self, asked: Sequence[list[int]], *, max_new_tokens: int, **options: Any
-    ) -> list[list[int]]:
+    ) -> list[Written]:
         order = sorted(range(len(asked)), key=lambda index: len(asked[index]))
-        rows = self._rows(len(asked), max(map(len, asked)) + max_new_tokens)
+        capacity = max(map(len, asked)) + max_new_tokens
+        row_bytes = max(1, capacity * self.prefix.token_bytes)
+        most = max(self.batch_size, int(ROWS_MIB * 2**20 / row_bytes))
+        rows = self._rows(min(most, len(asked)), capacity)
         written = write_in_rows(
             rows, [asked[index] for index in order], max_new_tokens=max_new_tokens, **options
         )
-        # The states that predict the tokens are not kept: products of one row are divided among the
-        # threads, so their bits would depend on how many there are.
         found = dict(zip(order, written, strict=True))
         return [found[index] for index in range(len(asked))]
 
@@ -140,6 +152,5 @@ class SharedReader(_Reader):
         hidden = own.read(ids, [0] * len(batch), range(len(batch)))
         return {index: hidden[row, : len(rows[index])] for row, index in enumerate(batch)}
 
-    def _rows(self, most: int, capacity: int) -> Rows:
-        num_rows = min(most, self.batch_size)
+    def _rows(self, num_rows: int, capacity: int) -> Rows:
         return Rows(self.model, self.prefix, num_rows=num_rows, capacity=capacity)

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from ..base_model.activation_checkpointing import without_checkpointing
 from ..base_model.checks import check_ids, position_limit, position_switch
+from ..base_model.continuous_batching import Written
 from ..base_model.decoding import PLAIN, Sampling, end_ids
 from ..base_model.fingerprint import quantization, settle
 from ..base_model.output_head import OutputHead
@@ -136,16 +137,22 @@ class Teacher:
                 indices = [index for index in unread if part.start <= index < part.stop]
                 for prefix, group in self._sharing_a_prefix(reading, queries, indices):
                     unanswered = [index for index in group if index not in known]
-                    reading.bar.update(len(group) - len(unanswered))
-                    if unanswered:
-                        known |= self._write(reading, prefix, queries, unanswered)
+                    answered = [index for index in group if index in known]
+                    reading.bar.update(len(answered))
+                    written = self._write(reading, prefix, queries, unanswered, record)
+                    known |= {index: Answer(ids=one.ids) for index, one in written.items()}
                     if record:
-                        answered = [known[index] for index in group]
-                        recorded = self._score(prefix, queries, group, answered)
+                        states = self._score(prefix, queries, answered, known)
+                        states |= {
+                            index: cast(Tensor, one.states) for index, one in written.items()
+                        }
+                        answers, recorded = zip(
+                            *((known[i], states[i]) for i in group), strict=True
+                        )
                         if record_hidden:
-                            keep_states(answered, recorded)
+                            keep_states(answers, recorded)
                         if sketch is not None:
-                            keep_sketches(answered, recorded, head, sketch)
+                            keep_sketches(answers, recorded, head, sketch)
         return [known[index] for index in range(len(queries))]
 
     def shards(self, num_queries: int) -> list[slice]:
@@ -192,7 +199,10 @@ class Teacher:
         prefix: Prefix,
         queries: Sequence[Query],
         unanswered: list[int],
-    ) -> dict[int, Answer]:
+        with_states: bool,
+    ) -> dict[int, Written]:
+        if not unanswered:
+            return {}
         asked = [queries[index].after for index in unanswered]
         longest = prefix.length + max(map(len, asked)) + self.max_new_tokens
         written = self.reader(prefix, longest).write(
@@ -201,23 +211,28 @@ class Teacher:
             end_ids=self.end_ids,
             do_sample=self.do_sample,
             sampling=self.sampling,
+            with_states=with_states,
             on_written=reading.bar.update,
         )
-        return {index: Answer(ids=ids) for index, ids in zip(unanswered, written, strict=True)}
+        return dict(zip(unanswered, written, strict=True))
 
     def _score(
-        self, prefix: Prefix, queries: Sequence[Query], group: list[int], answers: list[Answer]
-    ) -> list[Tensor]:
-        """Hidden states [n, D] at the positions that predict each answer of a group."""
+        self,
+        prefix: Prefix,
+        queries: Sequence[Query],
+        answered: list[int],
+        answers: dict[int, Answer],
+    ) -> dict[int, Tensor]:
+        """Hidden states [n, D] at the positions that predict each answer."""
+        if not answered:
+            return {}
         # The last token of an answer predicts nothing that is asked for.
-        rows = [
-            queries[i].after + answer.ids[:-1] for i, answer in zip(group, answers, strict=True)
-        ]
+        rows = [queries[index].after + answers[index].ids[:-1] for index in answered]
         read = self.reader(prefix, prefix.length + max(map(len, rows))).states(rows)
-        return [
-            states[len(queries[index].after) - 1 :]
-            for index, states in zip(group, read, strict=True)
-        ]
+        return {
+            index: states[len(queries[index].after) - 1 :]
+            for index, states in zip(answered, read, strict=True)
+        }
 
     def _say_what_is_not_shared(self, queries: Sequence[Query]) -> None:
         switch = position_switch(self.model)
