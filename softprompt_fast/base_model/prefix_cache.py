@@ -14,10 +14,11 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from .checks import position_switch
+from .held_prefix import AS_READ, HeldLayer, PrefixForm, hold
 from .output_head import decoder
 
-# Layers that hold nothing but keys and values, and replace them by longer tensors when they grow.
-VIEWABLE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
+# Layers that hold nothing but keys and values.
+PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, HeldLayer)
 
 # Tokens of a prefix that are read at once.
 PIECE = 512
@@ -54,9 +55,9 @@ class Prefix:
         return self.ids.shape[1]
 
     @classmethod
-    def read(cls, model: PreTrainedModel, ids: Sequence[int]) -> Prefix:
+    def read(cls, model: PreTrainedModel, ids: Sequence[int], form: PrefixForm = AS_READ) -> Prefix:
         """In pieces of ``PIECE`` tokens, so that no more memory is needed beside keys and values
-        than one piece takes, however long the prefix is."""
+        than one piece takes, however long the prefix is. They go into ``form`` piece by piece."""
         tensor = torch.tensor([list(ids)], dtype=torch.long, device=model.device)
         # What kind of state the model keeps shows on any token, also where there is none to read.
         read = tensor if ids else tensor.new_zeros(1, 1)
@@ -73,10 +74,11 @@ class Prefix:
             # Mamba and RWKV call their state by other names.
             cache = getattr(output, "past_key_values", None)
             only_keys_and_values = type(cache) is DynamicCache and all(
-                type(layer) in VIEWABLE_LAYERS for layer in cache.layers
+                type(layer) in PLAIN_LAYERS for layer in cache.layers
             )
             if not only_keys_and_values:  # then each batch reads the prefix anew
                 break
+            hold(cache, read.shape[1], form, is_read=start + piece >= read.shape[1])
         windows = None
         if only_keys_and_values:
             windows = tuple(getattr(layer, "sliding_window", math.inf) for layer in cache.layers)
@@ -100,7 +102,10 @@ class Prefix:
         if self.cache is None or self.length <= self.switch < longest:
             return None
         cache = copy.copy(self.cache)
-        layers: list[Any] = [copy.copy(layer) for layer in self.cache.layers]
+        layers: list[Any] = [
+            layer.as_read() if isinstance(layer, HeldLayer) else copy.copy(layer)
+            for layer in self.cache.layers
+        ]
         cache.layers = layers
         for layer in layers:
             if layer.is_initialized:

@@ -26,6 +26,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from .checks import some_ids
+from .held_prefix import keys_and_values
 from .output_head import hidden_states
 from .prefix_cache import SLOT_COUNTING_MODELS, Prefix
 
@@ -132,7 +133,7 @@ class RowLayer(DynamicLayer):
         super().__init__()
         self.owner, self.window = owner, window
         is_read = shared is not None and shared.is_initialized
-        self.shared = (shared.keys, shared.values) if is_read else None
+        self.shared = shared if is_read else None
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any):
         owner = self.owner
@@ -189,7 +190,7 @@ def shared_prefix_attention(
     own_mask = owner.own_mask(layer.window, G, query.dtype)
     out, lse = attention(grouped, key, value, own_mask, scale, softcap)
     if layer.shared is not None:
-        keys, values = layer.shared
+        keys, values = keys_and_values(layer.shared)
         asked = grouped.transpose(0, 1).reshape(1, K, B * G * n, d)
         mask = owner.prefix_mask(keys.shape[2], layer.window, G, query.dtype)
         shared, shared_lse = attention(asked, keys, values, mask, scale, softcap)

@@ -44,7 +44,11 @@ def run_synthesis(options: SynthesizeOptions, context: str, directory: Synthesis
         chat_template_date=directory.read_state().get("model", {}).get(DATE),
     )
     teacher = Teacher(
-        model, tokenizer, max_new_tokens=options.max_new_tokens, batch_size=options.batch_size
+        model,
+        tokenizer,
+        max_new_tokens=options.max_new_tokens,
+        batch_size=options.batch_size,
+        **options.of_prefix(),
     )
     check_context_fits(teacher, tokenizer, context, options.max_query_tokens)
     writer = _make_writer(options, context, model, tokenizer)

@@ -196,6 +196,7 @@ def teach(
         max_new_tokens=options.max_new_tokens,
         batch_size=options.teacher_batch_size,
         show_progress=not args.disable_tqdm,
+        **options.of_prefix(),
     )
     head = OutputHead.from_model(model)
     store = choose_store(options.teacher_store, args, top_k=options.teacher_top_k, head=head)
