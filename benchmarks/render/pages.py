@@ -19,7 +19,7 @@ sys.path.append(str(Path(__file__).parents[2] / "examples"))
 import objective_report
 from cases import DTYPES, HEADS, MAIN
 from gpu import results as gpu_results
-from render import pictures, tables
+from render import pictures, prefix_memory, tables
 
 from softprompt_fast.evaluation.baselines import CONDITIONS
 from softprompt_fast.evaluation.report import plots
@@ -324,6 +324,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "sweep": sweep_table,
     "training": training_table,
     "cache": cache_table,
+    "prefix_memory": prefix_memory.table,
     "serving": serving_table,
     "gpu": gpu_tables,
     "machine": machine_line,

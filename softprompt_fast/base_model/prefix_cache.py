@@ -14,11 +14,12 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from .checks import position_switch
+from .held_prefix import AS_READ, HeldLayer, PrefixForm, hold
 from .output_head import decoder
 from .virtual_tokens import read_as
 
-# Layers that hold nothing but keys and values, and replace them by longer tensors when they grow.
-VIEWABLE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
+# Layers that hold nothing but keys and values.
+PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, HeldLayer)
 
 # Tokens of a prefix that are read at once.
 PIECE = 512
@@ -51,7 +52,7 @@ class Prefix:
     """The model's ``position_switch``."""
 
     token_bytes: int
-    """Of the keys and values of a token, where the model keeps nothing else."""
+    """Of the keys and values of a token as the model computes them; 0 where it keeps more."""
 
     @property
     def length(self) -> int:
@@ -59,10 +60,15 @@ class Prefix:
 
     @classmethod
     def read(
-        cls, model: PreTrainedModel, ids: Sequence[int], embeds: Tensor | None = None
+        cls,
+        model: PreTrainedModel,
+        ids: Sequence[int],
+        form: PrefixForm = AS_READ,
+        *,
+        embeds: Tensor | None = None,
     ) -> Prefix:
         """In pieces, so that no more memory is needed beside keys and values than one of them
-        takes, however long the prefix is.
+        takes, however long the prefix is. They go into ``form`` piece by piece.
 
         embeds: [1, S, D], read in the place of the embeddings of ``ids``.
         """
@@ -71,10 +77,14 @@ class Prefix:
         read = tensor if ids else tensor.new_zeros(1, 1)
         windows = None
         cache: Any = None
-        for _, cache in read_in_pieces(model, read, embeds):
+        token_bytes = is_read = 0
+        for hidden, cache in read_in_pieces(model, read, embeds):
             windows = kept_windows(cache)
             if windows is None:  # then each batch reads the prefix anew
                 break
+            is_read += hidden.shape[1]
+            token_bytes = token_bytes or _token_bytes(cache)
+            hold(cache, read.shape[1], form, is_read=is_read == read.shape[1])
         counts_slots = model.config.get_text_config(decoder=True).model_type in SLOT_COUNTING_MODELS
         return cls(
             ids=tensor,
@@ -83,14 +93,7 @@ class Prefix:
             bears_padding=windows is not None,
             window=0 if windows is None or counts_slots else min(windows, default=math.inf),
             switch=position_switch(model),
-            token_bytes=0
-            if windows is None
-            else sum(
-                held[:, :, :1].nbytes
-                for layer in cache.layers
-                if layer.is_initialized
-                for held in (layer.keys, layer.values)
-            ),
+            token_bytes=token_bytes,
         )
 
     def cache_for(self, batch_size: int, longest: int) -> DynamicCache | None:
@@ -103,7 +106,10 @@ class Prefix:
         if self.cache is None or self.length <= self.switch < longest:
             return None
         cache = copy.copy(self.cache)
-        layers: list[Any] = [copy.copy(layer) for layer in self.cache.layers]
+        layers: list[Any] = [
+            layer.as_read() if isinstance(layer, HeldLayer) else copy.copy(layer)
+            for layer in self.cache.layers
+        ]
         cache.layers = layers
         for layer in layers:
             if layer.is_initialized:
@@ -143,6 +149,12 @@ def kept_windows(cache: Any) -> tuple[float, ...] | None:
     """How far each layer sees, in tokens; None if the model keeps more than keys and values."""
     if type(cache) is not DynamicCache:
         return None
-    if any(type(layer) not in VIEWABLE_LAYERS for layer in cache.layers):
+    if any(type(layer) not in PLAIN_LAYERS for layer in cache.layers):
         return None
     return tuple(getattr(layer, "sliding_window", math.inf) for layer in cache.layers)
+
+
+def _token_bytes(cache: DynamicCache) -> int:
+    layers: list[Any] = cache.layers
+    read = [layer for layer in layers if layer.is_initialized]
+    return sum(held[:, :, :1].nbytes for layer in read for held in (layer.keys, layer.values))

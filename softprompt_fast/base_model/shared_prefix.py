@@ -21,10 +21,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from .checks import some_ids
+from .held_prefix import keys_and_values
 from .output_head import hidden_states
 from .prefix_cache import SLOT_COUNTING_MODELS, Prefix
 
@@ -32,6 +34,9 @@ NAME = "softprompt_fast_shared_prefix"
 
 # Scores that are written at once where no kernel of PyTorch's returns the logsumexp.
 SCORES = 1 << 24
+
+# Of a GPU; PyTorch's context parallelism joins what it returns by the same formula.
+flash_attention = torch.ops.aten._scaled_dot_product_flash_attention
 
 
 class Rows:
@@ -128,7 +133,7 @@ class RowLayer(DynamicLayer):
         super().__init__()
         self.owner, self.window = owner, window
         is_read = shared is not None and shared.is_initialized
-        self.shared = (shared.keys, shared.values) if is_read else None
+        self.shared = shared if is_read else None
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any):
         owner = self.owner
@@ -185,7 +190,7 @@ def shared_prefix_attention(
     own_mask = owner.own_mask(layer.window, G, query.dtype)
     out, lse = attention(grouped, key, value, own_mask, scale, softcap)
     if layer.shared is not None:
-        keys, values = layer.shared
+        keys, values = keys_and_values(layer.shared)
         asked = grouped.transpose(0, 1).reshape(1, K, B * G * n, d)
         mask = owner.prefix_mask(keys.shape[2], layer.window, G, query.dtype)
         shared, shared_lse = attention(asked, keys, values, mask, scale, softcap)
@@ -229,6 +234,8 @@ def attention(
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, False, attn_mask=mask, scale=scale
         )
+    if fits and mask is None and _suits_flash_attention(query, key, value):
+        return flash_attention(query, key, value, scale=scale)[:2]
     rows = max(1, SCORES // (query.shape[0] * query.shape[1] * key.shape[2]))
     parts = []
     for start in range(0, query.shape[2], rows):
@@ -241,6 +248,15 @@ def attention(
         parts.append(((z - lse[..., None]).exp().to(value.dtype) @ value, lse))
     out, lse = (torch.cat(part, dim=2) for part in zip(*parts, strict=True))
     return out, lse
+
+
+def _suits_flash_attention(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether the kernel of a GPU takes them. It divides a long prefix among the multiprocessors,
+    however few the queries are. What has a mask is short: the tokens of a row, or a window."""
+    if query.device.type != "cuda" or query.shape[-1] % 8:
+        return False
+    params = SDPAParams(query, key, value, None, 0.0, False, False)
+    return can_use_flash_attention(params)
 
 
 def why_not_shared(model: PreTrainedModel, prefix: Prefix) -> str | None:

@@ -75,8 +75,11 @@ class Evaluation:
         show_progress: bool = True,
         backend: str = "auto",
         workspace_mib: float = 256,
+        **of_teacher: Any,
     ) -> None:
-        """Raises ValueError if there are no records, or the model has too few positions."""
+        """of_teacher: further options of ``Teacher``.
+
+        Raises ValueError if there are no records, or the model has too few positions."""
         if not records:
             raise ValueError("evaluation needs at least one query")
         self.started = time.perf_counter()
@@ -89,6 +92,7 @@ class Evaluation:
             max_context_tokens=max_context_tokens,
             batch_size=batch_size,
             show_progress=show_progress,
+            **of_teacher,
         )
         self.examples = make_examples(self.teacher, tokenizer, records, context, record_hidden=True)
         self.queries = [example.query for example in self.examples]

@@ -130,7 +130,7 @@ def _write_in_rows(
         ids = [*before, *[0] * config.num_virtual_tokens]
         tensor = torch.tensor([ids], device=model.prompt.embedding.device)
         is_prompt = torch.arange(len(ids), device=tensor.device)[None] >= len(before)
-        prefix = Prefix.read(model.base, ids, model.inputs_embeds(tensor, is_prompt))
+        prefix = Prefix.read(model.base, ids, embeds=model.inputs_embeds(tensor, is_prompt))
         longest = prefix.length + max(map(len, asked)) + rules.max_new_tokens
         reader = rules.reader(prefix, longest)
         if not isinstance(reader, SharedReader):

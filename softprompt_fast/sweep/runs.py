@@ -99,6 +99,7 @@ def finish_runs(
         show_progress=not args.disable_tqdm,
         backend=args.backend,
         workspace_mib=args.workspace_mib,
+        **options.of_prefix(),
     )
     lessons = teach(model, tokenizer, options, args, data, cache) if untrained else None
     _check_lengths(left, evaluation, lessons)

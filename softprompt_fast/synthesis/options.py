@@ -8,6 +8,7 @@ from typing import Any
 
 from ..base_model.loading import check_dtype
 from ..data.chat_template import parse_kwargs
+from ..teacher.options import PrefixOptions
 from ..teacher.teacher import LEAST_CONTEXT
 from ..utils.console import closest
 from ..utils.errors import check_at_least
@@ -15,11 +16,11 @@ from .kinds import KINDS
 from .writer import recipe_sha256
 
 # Where things lie; and what changes nothing that is written.
-FREE_OPTIONS = frozenset(["output_dir", "context_file", "trust_remote_code"])
+FREE_OPTIONS = frozenset(["output_dir", "context_file", "trust_remote_code", "prefix_device"])
 
 
 @dataclass(kw_only=True)
-class SynthesizeOptions:
+class SynthesizeOptions(PrefixOptions):
     model: str = field(metadata={"help": "Directory or Hub id of the frozen language model."})
     context_file: str = field(metadata={"help": "Text file: the context to ask about."})
     output_dir: str = field(
@@ -100,6 +101,8 @@ class SynthesizeOptions:
 def decisive_options(options: SynthesizeOptions, context_sha256: str) -> dict[str, Any]:
     """All that the result depends on; the context by its content, so that the file may move."""
     values = {n: v for n, v in asdict(options).items() if n not in FREE_OPTIONS}
+    if options.prefix_dtype == "auto":  # directories of before it was an option are as good
+        del values["prefix_dtype"]
     model = os.path.expanduser(options.model)
     if os.path.isdir(model):
         values["model"] = os.path.abspath(model)

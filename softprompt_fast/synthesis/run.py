@@ -50,6 +50,7 @@ def run_synthesis(options: SynthesizeOptions, context: str, directory: Synthesis
         max_new_tokens=options.max_new_tokens,
         max_context_tokens=options.max_context_tokens,
         batch_size=options.batch_size,
+        **options.of_prefix(),
     )
     check_context_fits(teacher, tokenizer, context, options.max_query_tokens)
     text = ChunkedText(

@@ -59,6 +59,7 @@ def teacher_facts(
         "softcap": head.softcap,
         # Only where it is set: caches of before it could be set are as good as ever.
         **({} if teacher.sampling == PLAIN else {"sampling": asdict(teacher.sampling)}),
+        **({} if teacher.form.dtype == "auto" else {"prefix_dtype": teacher.form.dtype}),
     }
 
 

@@ -24,10 +24,12 @@ from ..base_model.checks import check_ids, position_limit, position_switch
 from ..base_model.continuous_batching import Written
 from ..base_model.decoding import PLAIN, Sampling, end_ids
 from ..base_model.fingerprint import quantization, settle
+from ..base_model.held_prefix import AS_READ, PrefixDevice, PrefixDtype, PrefixForm
 from ..base_model.output_head import OutputHead
 from ..base_model.prefix_cache import Prefix
 from ..base_model.shared_prefix import why_not_shared
 from ..data.queries import Query, teacher_ids
+from ..losses.functional import linear_kl
 from ..utils.console import progress
 from .answers import Answer, SketchOptions, keep_sketches, keep_states
 from .reading import BatchReader, SharedReader
@@ -38,19 +40,26 @@ SHARD_BATCHES = 4
 
 LEAST_CONTEXT = 16
 
+# What a form of the prefix costs is measured on so much, so that this takes the same short time
+# behind a long context too.
+MEASURED_PREFIX, MEASURED_QUERIES, MEASURED_ANSWER = 4096, 4, 64
+
 
 class Reading:
     """What several calls of ``Teacher.answer`` share."""
 
-    def __init__(self, model: PreTrainedModel, bar: tqdm | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, bar: tqdm | None = None, form: PrefixForm = AS_READ
+    ) -> None:
         self.model = model
+        self.form = form
         self.bar = bar or tqdm(disable=True)
         self._last: tuple[tuple[int, ...], Prefix] | None = None
 
     def prefix(self, ids: tuple[int, ...]) -> Prefix:
         """Read, unless it is the one that was read last."""
         if self._last is None or self._last[0] != ids:
-            self._last = ids, Prefix.read(self.model, ids)
+            self._last = ids, Prefix.read(self.model, ids, self.form)
         return self._last[1]
 
 
@@ -67,12 +76,16 @@ class Teacher:
         do_sample: bool = False,
         sampling: Sampling = PLAIN,
         max_context_tokens: int | None = None,
+        prefix_dtype: PrefixDtype = "auto",
+        prefix_device: PrefixDevice = "auto",
         show_progress: bool = True,
     ) -> None:
         """Puts ``model`` into evaluation mode: with dropout, its answers would be another's.
 
         do_sample: draw from the model's distribution instead of taking its maximum; sampling: how.
         max_context_tokens: of a longer context ``make_examples`` gives it an excerpt.
+        prefix_dtype, prefix_device: of the keys and values of the context, ``auto`` or ``int8``,
+        ``auto`` or ``cpu``; ValueError if the model does not share them among the queries.
         """
         for name, value, least in (
             ("max_new_tokens", max_new_tokens, 1),
@@ -98,6 +111,10 @@ class Teacher:
         self.end_ids = end_ids(model, tokenizer)
         self._noted: set[str] = set()
         self._shares_prefix: bool | None = None  # not known yet
+        self.form = PrefixForm(dtype=prefix_dtype, device=prefix_device)
+        self._has_measured_form = self.form.dtype == "auto"
+        if self.form != AS_READ:
+            self._check_shares_prefix()
 
     @torch.no_grad()
     def answer(
@@ -141,6 +158,7 @@ class Teacher:
                     reading.bar.update(len(answered))
                     written = self._write(reading, prefix, queries, unanswered, record)
                     known |= {index: Answer(ids=one.ids) for index, one in written.items()}
+                    self._measure_form(prefix, queries, group, known)
                     if record:
                         states = self._score(prefix, queries, answered, known)
                         states |= {
@@ -165,7 +183,7 @@ class Teacher:
         """For several calls of ``answer``: one progress bar, and a prefix kept until the next."""
         silent = not (self.show_progress and num_queries)
         with tqdm(total=num_queries, desc="teacher", unit="query", disable=silent) as bar:
-            yield Reading(self.model, bar)
+            yield Reading(self.model, bar, self.form)
 
     def reader(self, prefix: Prefix, longest: int) -> BatchReader | SharedReader:
         """How rows behind the prefix are read. longest: tokens of the longest one, prefix and
@@ -233,6 +251,40 @@ class Teacher:
             index: states[len(queries[index].after) - 1 :]
             for index, states in zip(answered, read, strict=True)
         }
+
+    @torch.no_grad()
+    def _check_shares_prefix(self) -> None:
+        reason = why_not_shared(self.model, Prefix.read(self.model, []))
+        if reason is not None:
+            raise ValueError(
+                f"prefix_dtype={self.form.dtype}, prefix_device={self.form.device}: "
+                f"{type(self.model).__name__} does not share one context among the queries "
+                f"({reason}). Leave both at auto."
+            )
+        self._shares_prefix = True
+
+    def _measure_form(
+        self, prefix: Prefix, queries: Sequence[Query], group: list[int], known: dict[int, Answer]
+    ) -> None:
+        """Once: says how far predictions behind the prefix are from those in the model's dtype."""
+        if self._has_measured_form or not prefix.length:
+            return
+        self._has_measured_form = True
+        few = group[:MEASURED_QUERIES]
+        answers = {index: Answer(ids=known[index].ids[:MEASURED_ANSWER]) for index in few}
+        ids = prefix.ids[0, :MEASURED_PREFIX].tolist()
+        own, held = (
+            torch.cat(list(self._score(prefix, queries, few, answers).values()))
+            for prefix in (Prefix.read(self.model, ids, form) for form in (AS_READ, self.form))
+        )
+        head = OutputHead.from_model(self.model)
+        kl = float(linear_kl(held, head.weight, own, **head.loss_options()))
+        first = "" if len(ids) == prefix.length else f"the first {len(ids)} tokens of "
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        progress(
+            f"Keys and values of the context in 8 bits: KL({dtype} || int8) is {kl:.1e} nats a "
+            f"token behind {first}the context ({len(own)} answer tokens of {len(few)} queries)"
+        )
 
     def _say_what_is_not_shared(self, queries: Sequence[Query]) -> None:
         switch = position_switch(self.model)

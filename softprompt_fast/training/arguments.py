@@ -13,6 +13,7 @@ from .. import backends
 from ..base_model.loading import check_dtype
 from ..data.chat_template import parse_kwargs
 from ..losses.options import check_options
+from ..teacher.options import PrefixOptions
 from ..teacher.teacher import LEAST_CONTEXT
 from ..utils.errors import check_at_least
 
@@ -135,7 +136,7 @@ class SoftPromptTrainingArguments(TrainingArguments):
 
 
 @dataclass(kw_only=True)
-class TrainOptions:
+class TrainOptions(PrefixOptions):
     """The model and the data of a training run."""
 
     model: str = field(metadata={"help": "Directory or Hub id of the frozen language model."})
@@ -219,7 +220,7 @@ FREE_OPTIONS = frozenset(
         *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "save_total_limit"),
         *("train_file", "context_file", "eval_file"),  # the first two are compared by content
         "chat_template_kwargs",  # too
-        *("teacher_cache", "shard_base"),
+        *("teacher_cache", "shard_base", "prefix_device"),
         *("disable_tqdm", "logging_strategy", "logging_steps", "logging_first_step", "log_level"),
         *("report_to", "run_name", "hub_token", "trust_remote_code", "find_lr"),
     ]

@@ -197,6 +197,7 @@ def teach(
         batch_size=options.teacher_batch_size,
         max_context_tokens=options.max_context_tokens,
         show_progress=not args.disable_tqdm,
+        **options.of_prefix(),
     )
     head = OutputHead.from_model(model)
     store = choose_store(options.teacher_store, args, top_k=options.teacher_top_k, head=head)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from toy import (
     ARCHITECTURES,
     PADDING_SENSITIVE,
@@ -126,8 +128,7 @@ def test_the_prefix_is_held_once_and_never_written_to():
     for layer, own, (keys, values) in zip(
         prefix.cache.layers, rows.cache.layers, before, strict=True
     ):
-        assert own.shared[0] is layer.keys
-        assert own.shared[1] is layer.values
+        assert own.shared is layer
         assert torch.equal(layer.keys, keys)
         assert torch.equal(layer.values, values)
 
@@ -163,6 +164,59 @@ def test_attention_is_softmax(softcap, masked, value_width, monkeypatch):
     z = z if mask is None else z + mask
     torch.testing.assert_close(out.double(), z.softmax(-1) @ v.double(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(lse.double(), z.logsumexp(-1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def attention_on_a_gpu(monkeypatch):
+    """Attention of tensors without numbers, which need no GPU; and the calls of its kernel."""
+    kernel, calls = shared_prefix.flash_attention, []
+
+    def watched(*args, **options):
+        calls.append(args)
+        return kernel(*args, **options)
+
+    def is_16_bit(params):  # PyTorch's own answer is no, where it was built without CUDA
+        return params.query.dtype in (torch.bfloat16, torch.float16)
+
+    monkeypatch.setattr(shared_prefix, "flash_attention", watched)
+    monkeypatch.setattr(shared_prefix, "can_use_flash_attention", is_16_bit)
+
+    def attend(width=64, value_width=64, dtype=torch.bfloat16, masked=False, softcap=None):
+        with FakeTensorMode():
+            q, k, v, mask = (
+                torch.empty(1, 2, *size, device="cuda", dtype=dtype)
+                for size in ((10, width), (33, width), (33, value_width), (10, 33))
+            )
+            return attention(q, k, v, mask if masked else None, 0.1, softcap)
+
+    return attend, calls
+
+
+def test_a_gpu_attends_to_the_prefix_in_one_kernel(attention_on_a_gpu):
+    attend, calls = attention_on_a_gpu
+    out, lse = attend()
+    assert len(calls) == 1
+    assert (out.shape, out.dtype, out.device.type) == ((1, 2, 10, 64), torch.bfloat16, "cuda")
+    assert (lse.shape, lse.dtype, lse.device.type) == ((1, 2, 10), torch.float32, "cuda")
+    assert out.view(2, 5, 2, 64).shape == (2, 5, 2, 64)  # by rows again, without a copy
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(masked=True),
+        dict(softcap=3.0),
+        dict(width=60, value_width=60),
+        dict(value_width=32),
+        dict(dtype=torch.float32),
+    ],
+    ids=str,
+)
+def test_what_its_kernel_does_not_take_goes_through_products(options, attention_on_a_gpu):
+    attend, calls = attention_on_a_gpu
+    with contextlib.suppress(RuntimeError):  # PyTorch without CUDA has not even their shapes
+        attend(**options)
+    assert not calls
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "mistral", "gpt2"])

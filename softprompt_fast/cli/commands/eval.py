@@ -15,6 +15,7 @@ from ...evaluation.report.page import page
 from ...evaluation.report.plots import pictures
 from ...evaluation.report.tables import side_by_side, table
 from ...teacher.examples import check_contexts
+from ...teacher.options import PrefixOptions
 from ...teacher.teacher import LEAST_CONTEXT
 from ...training.run_directory import EVALUATION_FILE, facts_of_run, read_run
 from ...utils.console import progress, say
@@ -25,7 +26,7 @@ from ..saved_prompt import PromptOptions, load_prompt, recorded_inputs
 
 
 @dataclass(kw_only=True)
-class EvalOptions(PromptOptions):
+class EvalOptions(PromptOptions, PrefixOptions):
     eval_file: str | None = field(
         default=None, metadata={"help": "JSON Lines file of held-out queries; default: the run's."}
     )
@@ -76,6 +77,7 @@ def evaluate_prompt(options: EvalOptions, invocation: Invocation) -> int:
         batch_size=options.batch_size,
         num_samples=options.num_samples,
         workspace_mib=options.workspace_mib,
+        **options.of_prefix(),
     )
     report |= facts
     report["eval_file_sha256"] = digest.hexdigest()
