@@ -21,6 +21,7 @@ from cases import DTYPES, HEADS, MAIN
 from gpu import results as gpu_results
 from render import pictures, prefix_memory, tables
 
+from softprompt_fast.data.chunks import CHUNK_TOKENS
 from softprompt_fast.evaluation.baselines import CONDITIONS
 from softprompt_fast.evaluation.report import plots
 from softprompt_fast.evaluation.report.tables import kl_with_error
@@ -71,6 +72,7 @@ def faithfulness_table() -> str:
         "no context": 0,
         "cut context": P,
         "pruned context": P,
+        "retrieved chunk": f"up to {CHUNK_TOKENS}",
         "soft prompt": P,
     }
     lines = [
@@ -268,6 +270,43 @@ def serving_table() -> str:
     )
 
 
+def teacher_table() -> str:
+    """What queries cost behind a long context, from ``benchmarks/teacher/run.py``."""
+    report = read("teacher.json")
+    one, many = pictures.TEACHER_COLOURS
+    columns = ["context", "reading it", "its keys and values", f"{one}: time", "memory"]
+    columns += [f"{many}: time", "memory"]
+    cells = [
+        [
+            f"{row['tokens']:,} tokens",
+            f"{row['prefix_seconds']:.1f} s",
+            f"{row['prefix_mib']:.0f} MiB",
+            *(
+                cell
+                for name in (one, many)
+                for cell in (f"{row[name]['seconds']:.1f} s", f"{row[name]['peak_mib']:.0f} MiB")
+            ),
+        ]
+        for row in report["by_tokens"]
+    ]
+    by_rows = report["by_rows"]
+    machine = report["machine"]
+    return "\n".join(
+        [
+            tables.Table("", columns, cells).markdown(),
+            "",
+            f"{report['by_tokens'][0]['rows']} queries, {report['new_tokens']} tokens each, "
+            f"written and scored, {report['model']} in fp32 on {machine['cores']} cores "
+            f"({machine['cpu']}, {machine['instruction_set']}), beyond reading the context, the "
+            f"model, and the context's keys and values. Behind {by_rows[0]['tokens']:,} tokens, "
+            + ", ".join(
+                f"{row['rows']} rows take {row[one]['peak_mib']:.0f} MiB" for row in by_rows
+            )
+            + ".",
+        ]
+    )
+
+
 def cache_table() -> str:
     """Bytes per answer token of what may be kept of a teacher, by the sizes of its tensors."""
     lines = [
@@ -324,6 +363,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "sweep": sweep_table,
     "training": training_table,
     "cache": cache_table,
+    "teacher": teacher_table,
     "prefix_memory": prefix_memory.table,
     "serving": serving_table,
     "gpu": gpu_tables,
@@ -355,6 +395,7 @@ def main() -> None:
     pictures.draw(report, rows, results["growth"], images)
     for name, png in plots.pictures(report).items():
         (images / f"evaluation_{name}.png").write_bytes(png)
+    pictures.teacher(read("teacher.json")).savefig(images / "teacher.png", dpi=150)
     picture = objective_report.picture(read("choose_objective.json"))
     picture.savefig(images / "objectives.png", dpi=150)
     (images / "sweep.png").write_bytes(curve_picture(read("sweep.json")))

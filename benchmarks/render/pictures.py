@@ -123,3 +123,31 @@ def growth(rows: list[Row]) -> Figure:
     )
     figure.tight_layout(rect=(0, 0.09, 1, 1))
     return figure
+
+
+TEACHER_COLOURS = {"one copy": OURS, "a copy for each row": PEER}
+
+
+def teacher(report: Row) -> Figure:
+    """Time and memory of the teacher's queries against the length of the context."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6))
+    rows = report["by_tokens"]
+    tokens = [row["tokens"] for row in rows]
+    for name, colour in TEACHER_COLOURS.items():
+        style = {"marker": "o", "color": colour, "label": name}
+        left.plot(tokens, [row[name]["seconds"] for row in rows], **style)
+        right.plot(tokens, [row[name]["peak_mib"] for row in rows], **style)
+    held = [row["prefix_mib"] for row in rows]
+    right.plot(tokens, held, "--", color=FLOOR, label="keys and values of the context, once")
+    queries, new = rows[0]["rows"], report["new_tokens"]
+    left.set_title(
+        f"{queries} queries, {new} tokens each, written and scored: seconds", fontsize=11
+    )
+    right.set_title("MiB beyond the model and the context's keys and values", fontsize=11)
+    for axes in (left, right):
+        axes.set_xlabel("tokens of the context")
+        axes.set_ylim(bottom=0)
+        axes.legend(frameon=False, fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    return figure

@@ -57,6 +57,6 @@ def test_a_prefix_takes_what_is_said(dtype):
 
 
 def test_the_page_holds_the_table():
-    page = (ROOT / "docs/training/long_contexts.md").read_text()
+    page = (ROOT / "docs/training/context_memory.md").read_text()
     (table,) = re.findall(r"<!-- table: prefix_memory -->\n(.*?)<!-- end -->", page, re.DOTALL)
     assert table == f"{prefix_memory.table()}\n"
