@@ -153,24 +153,12 @@ class Teacher:
             for part in self.shards(len(queries)):
                 indices = [index for index in unread if part.start <= index < part.stop]
                 for prefix, group in self._sharing_a_prefix(reading, queries, indices):
-                    unanswered = [index for index in group if index not in known]
-                    answered = [index for index in group if index in known]
-                    reading.bar.update(len(answered))
-                    written = self._write(reading, prefix, queries, unanswered, record)
-                    known |= {index: Answer(ids=one.ids) for index, one in written.items()}
-                    self._measure_form(prefix, queries, group, known)
-                    if record:
-                        states = self._score(prefix, queries, answered, known)
-                        states |= {
-                            index: cast(Tensor, one.states) for index, one in written.items()
-                        }
-                        answers, recorded = zip(
-                            *((known[i], states[i]) for i in group), strict=True
-                        )
-                        if record_hidden:
-                            keep_states(answers, recorded)
-                        if sketch is not None:
-                            keep_sketches(answers, recorded, head, sketch)
+                    states = self._read(reading, prefix, queries, group, known, record)
+                    answered = [known[index] for index in group]
+                    if record_hidden:
+                        keep_states(answered, states)
+                    if sketch is not None:
+                        keep_sketches(answered, states, head, sketch)
         return [known[index] for index in range(len(queries))]
 
     def shards(self, num_queries: int) -> list[slice]:
@@ -210,6 +198,28 @@ class Teacher:
             groups[tuple(queries[index].before + queries[index].context)].append(index)
         for ids, group in groups.items():
             yield reading.prefix(ids), group
+
+    def _read(
+        self,
+        reading: Reading,
+        prefix: Prefix,
+        queries: Sequence[Query],
+        group: list[int],
+        known: dict[int, Answer],
+        with_states: bool,
+    ) -> list[Tensor]:
+        """Adds the answers of a group to those that are ``known``; their hidden states [n, D]."""
+        given = [index for index in group if index in known]
+        unanswered = [index for index in group if index not in known]
+        reading.bar.update(len(given))
+        written = self._write(reading, prefix, queries, unanswered, with_states)
+        known |= {index: Answer(ids=one.ids) for index, one in written.items()}
+        self._measure_form(prefix, queries, group, known)
+        if not with_states:
+            return []
+        states = self._score(prefix, queries, given, known)
+        states |= {index: cast(Tensor, one.states) for index, one in written.items()}
+        return [states[index] for index in group]
 
     def _write(
         self,
