@@ -11,6 +11,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -283,25 +284,25 @@ def teacher_table() -> str:
             f"{row['prefix_mib']:.0f} MiB",
             *(
                 cell
-                for name in (one, many)
-                for cell in (f"{row[name]['seconds']:.1f} s", f"{row[name]['peak_mib']:.0f} MiB")
+                for call in row["calls"][:2]
+                for cell in (f"{call['seconds']:.1f} s", f"{call['peak_mib']:.0f} MiB")
             ),
         ]
-        for row in report["by_tokens"]
+        for row in report["contexts"]
     ]
-    by_rows = report["by_rows"]
+    longest = report["contexts"][-1]
+    shared = [call for call in longest["calls"] if call["reader"] == one]
+    shared.sort(key=itemgetter("rows"))
     machine = report["machine"]
     return "\n".join(
         [
             tables.Table("", columns, cells).markdown(),
             "",
-            f"{report['by_tokens'][0]['rows']} queries, {report['new_tokens']} tokens each, "
+            f"{longest['calls'][0]['rows']} queries, {report['new_tokens']} tokens each, "
             f"written and scored, {report['model']} in fp32 on {machine['cores']} cores "
             f"({machine['cpu']}, {machine['instruction_set']}), beyond reading the context, the "
-            f"model, and the context's keys and values. Behind {by_rows[0]['tokens']:,} tokens, "
-            + ", ".join(
-                f"{row['rows']} rows take {row[one]['peak_mib']:.0f} MiB" for row in by_rows
-            )
+            f"model, and the context's keys and values. Behind {longest['tokens']:,} tokens, "
+            + ", ".join(f"{call['rows']} rows take {call['peak_mib']:.0f} MiB" for call in shared)
             + ".",
         ]
     )

@@ -131,15 +131,15 @@ TEACHER_COLOURS = {"one copy": OURS, "a copy for each row": PEER}
 def teacher(report: Row) -> Figure:
     """Time and memory of the teacher's queries against the length of the context."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6))
-    rows = report["by_tokens"]
+    rows = report["contexts"]
     tokens = [row["tokens"] for row in rows]
-    for name, colour in TEACHER_COLOURS.items():
+    for place, (name, colour) in enumerate(TEACHER_COLOURS.items()):
         style = {"marker": "o", "color": colour, "label": name}
-        left.plot(tokens, [row[name]["seconds"] for row in rows], **style)
-        right.plot(tokens, [row[name]["peak_mib"] for row in rows], **style)
+        left.plot(tokens, [row["calls"][place]["seconds"] for row in rows], **style)
+        right.plot(tokens, [row["calls"][place]["peak_mib"] for row in rows], **style)
     held = [row["prefix_mib"] for row in rows]
     right.plot(tokens, held, "--", color=FLOOR, label="keys and values of the context, once")
-    queries, new = rows[0]["rows"], report["new_tokens"]
+    queries, new = rows[0]["calls"][0]["rows"], report["new_tokens"]
     left.set_title(
         f"{queries} queries, {new} tokens each, written and scored: seconds", fontsize=11
     )

@@ -4,7 +4,7 @@ The first tokens of the GPL are the context. 16 queries are read, answered with 
 scored: by ``SharedReader``, whose rows share the context's keys and values, and by ``BatchReader``,
 each of whose rows has its own, as with transformers' generate. Then more and more rows share them.
 
-    python benchmarks/teacher/run.py MODEL_DIR [--tokens 500 2500 5000 7500] [--rows 1 16 64]
+    python benchmarks/teacher/run.py MODEL_DIR [--tokens 500 2500 5000 7500] [--rows 1 64]
 
 Writes benchmarks/results/teacher.json.
 """
@@ -15,6 +15,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +42,18 @@ READERS = {"one copy": SharedReader, "a copy for each row": BatchReader}
 
 
 @torch.no_grad()
-def costs(model_dir: str, num_tokens: int, num_rows: int, names: Sequence[str]) -> dict[str, Any]:
-    """Of reading the context, and of the queries by each of READERS. For a fresh process."""
+def costs(model_dir: str, num_tokens: int, calls: Sequence[tuple[str, int]]) -> dict[str, Any]:
+    """Of reading the context, and then of each of the calls: a reader, and how many queries.
+
+    For a fresh process.
+    """
     model, tokenizer = load_model(model_dir, device="cpu", dtype="float32")
     context = text_ids(tokenizer, read_text(CONTEXT))[:num_tokens]
     assert len(context) == num_tokens, f"{CONTEXT} has {len(context)} tokens"
-    queries = tokenize_records(tokenizer, read_jsonl(QUERIES)[:num_rows], "")
+    queries = tokenize_records(tokenizer, read_jsonl(QUERIES), "")
     Prefix.read(model, context[:64])  # what the first call leaves behind is not this context's
     kept: list[Prefix] = []
-    found: dict[str, Any] = {"tokens": num_tokens, "rows": num_rows}
+    found: dict[str, Any] = {"tokens": num_tokens, "calls": []}
 
     def read() -> None:
         kept.append(Prefix.read(model, queries[0].before + context))
@@ -59,20 +63,19 @@ def costs(model_dir: str, num_tokens: int, num_rows: int, names: Sequence[str]) 
     )
     (prefix,) = kept
     found["prefix_mib"] = prefix.length * prefix.token_bytes / 2**20
-    for name in names:
-        reader = READERS[name](model=model, prefix=prefix, batch_size=BATCH)
-
-        def answer(reader: Any = reader) -> None:
-            reader.write(
-                [query.after for query in queries],
-                max_new_tokens=NEW_TOKENS,
-                end_ids=(),
-                with_states=True,
-            )
-
+    for name, num_rows in calls:
+        reader = READERS[name](model=model, prefix=prefix, batch_size=max(num_rows, BATCH))
+        answer = partial(
+            reader.write,
+            [query.after for query in queries[:num_rows]],
+            max_new_tokens=NEW_TOKENS,
+            end_ids=(),
+            with_states=True,
+        )
         times: list[float] = []
         peak = peak_mib(lambda answer=answer, times=times: times.append(seconds(answer)))
-        found[name] = {"seconds": times[0], "peak_mib": peak}
+        call = {"reader": name, "rows": num_rows, "seconds": times[0], "peak_mib": peak}
+        found["calls"].append(call)
     return found
 
 
@@ -80,24 +83,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="directory of the model, as made by make demo")
     parser.add_argument("--tokens", type=int, nargs="+", default=[500, 2500, 5000, 7500])
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 64])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 64])
     options = parser.parse_args()
-    points = [(num_tokens, BATCH, list(READERS)) for num_tokens in options.tokens]
-    points += [(max(options.tokens), rows, ["one copy"]) for rows in options.rows if rows != BATCH]
-    measured = []
-    for point in points:
-        with in_fresh_process(costs, options.model, *point) as wait:
-            measured.append(wait())
-        print(json.dumps(measured[-1]), flush=True)
+    rows = []
+    for num_tokens in options.tokens:
+        calls = [(name, BATCH) for name in READERS]
+        if num_tokens == max(options.tokens):
+            calls += [("one copy", number) for number in options.rows]
+        with in_fresh_process(costs, options.model, num_tokens, calls) as wait:
+            rows.append(wait())
+        print(json.dumps(rows[-1]), flush=True)
     report = {
         "machine": machine(),
         "model": Path(options.model).name,
         "new_tokens": NEW_TOKENS,
-        "by_tokens": measured[: len(options.tokens)],
-        "by_rows": sorted(
-            [row for row in measured if row["tokens"] == max(options.tokens)],
-            key=lambda row: row["rows"],
-        ),
+        "contexts": rows,
     }
     RESULTS.write_text(json.dumps(report, indent=1) + "\n")
 
