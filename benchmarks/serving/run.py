@@ -1,11 +1,12 @@
 """Requests to vLLM's server: a soft prompt, its context from the prefix cache, and anew.
 
     python benchmarks/serving/run.py MODEL_DIR PROMPT_DIR    # of make demo; after make vllm
+    python benchmarks/serving/run.py --example gpl MODEL_DIR PROMPT_DIR    # of make long
 
-An answer has one token: what is timed is the reading. Each question is the same in all cases. The
-cases take turns, so that other work of the machine meets all of them.
+An answer of one token times the reading, a longer one the writing too. The questions are the same
+in all cases. The cases take turns, so that other work of the machine meets all of them.
 
-Writes benchmarks/results/serving.json.
+Writes benchmarks/results/serving.json, or long_serving.json.
 """
 
 from __future__ import annotations
@@ -19,107 +20,85 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import torch
 from conftest import machine
 from device import spread
+from serving.questions import ANEW, CACHED, PROMPT, Question, export, questions, sizes
 from serving.server import Ask, serving, vllm_command
 
 import softprompt_fast as spf
-from softprompt_fast.base_model.decoding import end_ids, write
-from softprompt_fast.cli.main import main as softprompt_fast
-from softprompt_fast.data.queries import teacher_ids
-from softprompt_fast.utils.text import answer_text
 
 ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "benchmarks" / "results" / "serving.json"
-CONTEXT, QUERIES = ROOT / "examples" / "handbook.md", ROOT / "examples" / "handbook_heldout.jsonl"
 FLAGS = ["--enable-prompt-embeds", "--dtype=float32"]
 # The answer says how much of the prompt came from the cache.
 TELL = "--enable-prompt-tokens-details"
-PROMPT, CACHED, ANEW = "soft prompt", "full context, cached", "full context, anew"
-QUESTIONS, ROUNDS = 8, 10
-REQUESTS = {1: 4, 8: 8}  # of a round, by how many users send them
-
-Body = dict[str, Any]
 
 
-class Question:
-    """One question in each case, and the first token of the right answers as text."""
+class Load(NamedTuple):
+    """What is asked at a time: each user sends the next request when the last is answered."""
 
-    def __init__(self, body: Body, ids: list[int], expected: dict[str, str]) -> None:
-        """body: of the soft prompt. ids: with the context in its place."""
-        options = {k: v for k, v in body.items() if k != "prompt_embeds"}
-        self.bodies = {PROMPT: body, CACHED: {"prompt": ids, **options}}
-        self.expected = expected
-
-    def body(self, case: str) -> Body:
-        if case != ANEW:
-            return self.bodies[case]
-        # Blocks are shared only by requests that have the same salt.
-        return {**self.bodies[CACHED], "cache_salt": os.urandom(8).hex()}
+    users: int
+    requests: int
+    answer_tokens: int = 1
 
 
-def export(model_dir: str, prompt_dir: str, out: Path) -> list[Body]:
-    paths = {"model": model_dir, "prompt_dir": prompt_dir, "output_dir": out, "query_file": QUERIES}
-    flags = [f"--{name}={value}" for name, value in paths.items()]
-    if softprompt_fast(["export", "--to=vllm", "--max_new_tokens=1", *flags]) != 0:
-        raise SystemExit("the prompt cannot be exported")
-    return [
-        json.loads(path.read_text()) for path in sorted(out.glob("completion-*.json"))[:QUESTIONS]
-    ]
+@dataclass(kw_only=True, frozen=True)
+class Example:
+    context: str
+    queries: str
+    results: str
+    rounds: int
+    loads: dict[str, tuple[Load, ...]]
+    """Of a round, by case."""
 
 
-def questions(student: Any, tokenizer: Any, bodies: list[Body]) -> list[Question]:
-    context, ends = CONTEXT.read_text(), end_ids(student.base, tokenizer)
-    made = []
-    for record, body in zip(spf.read_jsonl(QUERIES)[:QUESTIONS], bodies, strict=True):
-        query = spf.tokenize_query(tokenizer, record.messages, context)
-        (by_prompt,) = spf.generate(
-            student, tokenizer, [query], max_new_tokens=1, show_progress=False
-        )
-        ids = teacher_ids(query)
-        row = torch.tensor([ids])
-        ((token,),) = write(student.base, row, torch.ones_like(row), max_new_tokens=1, end_ids=ends)
-        by_context = answer_text(tokenizer, [token])
-        expected = {PROMPT: by_prompt, CACHED: by_context, ANEW: by_context}
-        made.append(Question(body, ids, expected))
-    return made
+EXAMPLES = {
+    "handbook": Example(
+        context="handbook.md",
+        queries="handbook_heldout.jsonl",
+        results="serving.json",
+        rounds=10,
+        loads=dict.fromkeys((PROMPT, CACHED, ANEW), (Load(1, 4), Load(8, 8))),
+    ),
+    # One reading of this context takes a minute on two cores: 32 users would wait for half an hour.
+    "gpl": Example(
+        context="gpl-3.txt",
+        queries="gpl_heldout.jsonl",
+        results="long_serving.json",
+        rounds=2,
+        loads={
+            **dict.fromkeys((PROMPT, CACHED), (Load(1, 4), Load(1, 2, 32), Load(32, 32, 32))),
+            ANEW: (Load(1, 1), Load(1, 1, 32)),
+        },
+    ),
+}
 
 
-def sizes(student: Any, tokenizer: Any) -> dict[str, int]:
-    config, context = student.base.config, CONTEXT.read_text()
-    query = spf.tokenize_query(tokenizer, [{"role": "user", "content": "?"}], context)
-    values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    return {
-        "num_virtual_tokens": student.prompt.config.num_virtual_tokens,
-        "context_tokens": len(query.context),
-        "key_value_bytes_per_token": 4 * values,  # fp32
-    }
-
-
-def timed(ask: Ask, question: Question, case: str) -> tuple[float, dict[str, Any]]:
-    """Seconds, and what was read; only the answers that this package gives are timed."""
-    data = json.dumps(question.body(case)).encode()
+def timed(ask: Ask, question: Question, case: str, tokens: int) -> tuple[float, dict[str, Any]]:
+    """Seconds, and what was read; only answers that begin as those of this package are timed."""
+    data = json.dumps(question.body(case, tokens)).encode()
     start = time.perf_counter()
     answer = ask("/v1/completions", data)
     seconds = time.perf_counter() - start
     found, expected = answer["choices"][0]["text"].strip(), question.expected[case]
-    assert found == expected, f"{case}: {found!r}, where {expected!r} is right"
+    assert found.startswith(expected), f"{case}: {found!r}, where {expected!r} is right"
+    assert answer["usage"]["completion_tokens"] == tokens
     return seconds, answer["usage"]
 
 
-def measure(ask: Ask, case: str, users: int, asked: Iterator[Question]) -> dict[str, Any]:
-    """A round: each user sends the next request when the last is answered."""
-    timed(ask, next(asked), case)  # so that the cache has what it may have
-    batch = [next(asked) for _ in range(REQUESTS[users])]
-    with ThreadPoolExecutor(users) as pool:
+def measure(ask: Ask, case: str, load: Load, asked: Iterator[Question]) -> dict[str, Any]:
+    if case != ANEW:
+        timed(ask, next(asked), case, 1)  # so that the cache has what it may have
+    batch = [next(asked) for _ in range(load.requests)]
+    tokens = load.answer_tokens
+    with ThreadPoolExecutor(load.users) as pool:
         start = time.perf_counter()
-        results = list(pool.map(lambda question: timed(ask, question, case), batch))
+        results = list(pool.map(lambda question: timed(ask, question, case, tokens), batch))
         seconds = time.perf_counter() - start
     details = [usage.get("prompt_tokens_details") or {} for _, usage in results]
     return {
@@ -130,13 +109,14 @@ def measure(ask: Ask, case: str, users: int, asked: Iterator[Question]) -> dict[
     }
 
 
-def summary(case: str, users: int, rounds: list[dict[str, Any]]) -> dict[str, Any]:
+def summary(case: str, load: Load, rounds: list[dict[str, Any]]) -> dict[str, Any]:
     def every(name: str) -> list[Any]:
         return [value for one in rounds for value in one[name]]
 
     return {
         "reads": case,
-        "users": users,
+        "users": load.users,
+        "answer_tokens": load.answer_tokens,
         "requests": len(every("seconds")),
         "median_seconds": median(every("seconds")),
         "spread": spread(every("seconds")),
@@ -146,48 +126,57 @@ def summary(case: str, users: int, rounds: list[dict[str, Any]]) -> dict[str, An
     }
 
 
-def run(ask: Ask, asked: list[Question]) -> list[dict[str, Any]]:
-    rows: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    in_turn = {case: itertools.cycle(asked) for case in (PROMPT, CACHED, ANEW)}
-    for number in range(ROUNDS):
-        print(f"Round {number + 1} of {ROUNDS} ...", flush=True)
-        for users, (case, questions) in itertools.product(REQUESTS, in_turn.items()):
-            rows.setdefault((case, users), []).append(measure(ask, case, users, questions))
+def run(ask: Ask, asked: list[Question], example: Example) -> list[dict[str, Any]]:
+    rows: dict[tuple[str, Load], list[dict[str, Any]]] = {}
+    in_turn = {case: itertools.cycle(asked) for case in example.loads}
+    for number in range(example.rounds):
+        print(f"Round {number + 1} of {example.rounds} ...", flush=True)
+        for case, loads in example.loads.items():
+            for load in loads:
+                figures = measure(ask, case, load, in_turn[case])
+                rows.setdefault((case, load), []).append(figures)
     return [summary(*key, rounds) for key, rounds in rows.items()]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--example", choices=EXAMPLES, default="handbook")
     parser.add_argument("model", help="directory of the model, as made by make demo")
-    parser.add_argument("prompt", help="directory of a prompt of examples/handbook.md")
+    parser.add_argument("prompt", help="directory of a prompt of the example's context")
     options = parser.parse_args()
     command = vllm_command()
     if command is None:
         raise SystemExit("vLLM is not installed: make vllm")
     load, _, _ = os.getloadavg()
+    example = EXAMPLES[options.example]
+    context = (ROOT / "examples" / example.context).read_text()
+    queries = ROOT / "examples" / example.queries
     model, tokenizer = spf.load_model(options.model, dtype="float32", device="cpu")
     student = spf.SoftPromptModel(model, spf.SoftPrompt.from_pretrained(options.prompt))
     with tempfile.TemporaryDirectory() as directory:
-        bodies = export(options.model, options.prompt, Path(directory) / "exported")
-        asked = questions(student, tokenizer, bodies)
+        bodies = export(options.model, options.prompt, queries, Path(directory) / "exported")
+        print("The right answers are computed ...", flush=True)
+        asked = questions(student, tokenizer, bodies, queries, context)
         print("The server starts ...", flush=True)
         log = Path(directory) / "server.log"
         with serving(command, options.model, *FLAGS, TELL, log=log) as ask:
             version = ask("/version", None)["version"]
-            rows = run(ask, asked)
+            rows = run(ask, asked, example)
     report = {
         "machine": machine(),
         "load_before": load,  # of other work
         "vllm": version,
         "flags": FLAGS,
         "model": Path(options.model).name,
-        **sizes(student, tokenizer),
+        **sizes(student, tokenizer, context),
         "rows": rows,
     }
-    RESULTS.write_text(json.dumps(report, indent=1) + "\n")
+    results = ROOT / "benchmarks" / "results" / example.results
+    results.write_text(json.dumps(report, indent=1) + "\n")
     for row in rows:
         print(
-            f"{row['reads']}, users {row['users']}: {1e3 * row['median_seconds']:.0f} ms "
+            f"{row['reads']}, users {row['users']}, answers of {row['answer_tokens']}: "
+            f"{1e3 * row['median_seconds']:.0f} ms "
             f"± {row['spread']:.0%}, {row['requests_per_second']:.2f} a second, "
             f"{row['cached_tokens']:.0f} of {row['prompt_tokens']:.0f} tokens cached"
         )
