@@ -8,7 +8,6 @@ prompt learns from all of them.
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -35,12 +34,18 @@ def with_excerpts(
 
     Raises ValueError if a record is about characters that its context does not have.
     """
-    room = Room(teacher, _longest_asked(teacher, tokenizer, records))
     texts = [record.context or context or "" for record in records]
     one_about = dict(zip(texts, records, strict=True))
+    least = Room(teacher, _most_asked(teacher)).whole
+    # No token is less than a byte, so most contexts need not be counted.
     tokens = {
-        text: len(_tokenize(tokenizer, record, text).context) for text, record in one_about.items()
+        text: len(_tokenize(tokenizer, record, text).context)
+        for text, record in one_about.items()
+        if len(text.encode()) > least
     }
+    if max(tokens.values(), default=0) <= least:
+        return list(records)
+    room = Room(teacher, _longest_asked(teacher, tokenizer, records))
     long = {text: number for text, number in tokens.items() if number > room.whole}
     if not long or room.excerpt < LEAST_CONTEXT:  # then the teacher says what does not fit
         return list(records)
@@ -98,10 +103,13 @@ class Excerpts:
 
 def _longest_asked(teacher: Teacher, tokenizer: Any, records: Sequence[Record]) -> int:
     """Tokens of a query without its context, and of its answer."""
-    limit = position_limit(teacher.model)
-    most = math.inf if limit is None else MOST_ASKED * limit
     lengths = [_asked(teacher, tokenizer, record) for record in records]
-    return max((length for length in lengths if length <= most), default=0)
+    return max((length for length in lengths if length <= _most_asked(teacher)), default=0)
+
+
+def _most_asked(teacher: Teacher) -> int:
+    limit = position_limit(teacher.model)
+    return sys.maxsize if limit is None else int(MOST_ASKED * limit)
 
 
 def _asked(teacher: Teacher, tokenizer: Any, record: Record) -> int:
