@@ -1,5 +1,5 @@
 # make demo   train and judge a soft prompt on a real model, from nothing
-# make long   the same for a long text, the GNU GPL, with a compression curve: 20 minutes at most
+# make long   the same for a long text, the GNU GPL, with a compression curve
 # make test   the quick tests: 5 minutes at most    make test-all  all of them
 # make check  lint and the quick tests; CI runs the slow ones after it
 # make vllm   the server that some of the slow tests ask, in an environment of its own: 3 GB

@@ -25,7 +25,7 @@ def table(report: dict[str, Any]) -> Table:
         f"{context} -> {report['num_virtual_tokens']} virtual"
     )
     result = Table(title=title, title_justify="left")
-    result.add_column("model reads")
+    result.add_column("model reads", no_wrap=True)
     for heading in ("KL, nats", "top-1", "RMS Δp", "perplexity", "KL recovered"):
         result.add_column(heading, justify="right")
     for name, row in report["conditions"].items():
