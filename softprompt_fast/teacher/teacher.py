@@ -212,7 +212,9 @@ class Teacher:
         given = [index for index in group if index in known]
         unanswered = [index for index in group if index not in known]
         reading.bar.update(len(given))
-        written = self._write(reading, prefix, queries, unanswered, with_states)
+        written: dict[int, Written] = {}
+        if unanswered:
+            written = self._write(reading, prefix, queries, unanswered, with_states)
         known |= {index: Answer(ids=one.ids) for index, one in written.items()}
         self._measure_form(prefix, queries, group, known)
         if not with_states:
@@ -229,8 +231,6 @@ class Teacher:
         unanswered: list[int],
         with_states: bool,
     ) -> dict[int, Written]:
-        if not unanswered:
-            return {}
         asked = [queries[index].after for index in unanswered]
         longest = prefix.length + max(map(len, asked)) + self.max_new_tokens
         written = self.reader(prefix, longest).write(
