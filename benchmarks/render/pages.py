@@ -210,7 +210,7 @@ def sweep_table(file: str = "sweep.json") -> str:
             "",
             f"No context: {kl_with_error(without)}. The context has {curve['context_tokens']} "
             f"tokens. {len(runs)} runs of {runs[0]['steps']} steps with "
-            f"{curve['options']['per_device_train_batch_size']} sequences, measured on "
+            f"{curve['options'].get('per_device_train_batch_size', 8)} sequences, measured on "
             f"{curve['queries']} held-out queries, {curve['answer_tokens']} answer tokens.",
         ]
     )
