@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from render import pages
+from render import long_contexts
 from serving.questions import ANEW, CACHED, PROMPT, Question
 from serving.run import EXAMPLES, Load, measure, run, timed
 
@@ -76,15 +76,14 @@ def test_each_case_and_load_is_a_row(example):
     assert found == {(case, n, example.rounds * count, a) for case, n, count, a in asked}
 
 
-def test_what_was_not_measured_has_no_figure(monkeypatch):
+def test_what_was_not_measured_has_no_figure():
     rows = run(Server(), [QUESTION], EXAMPLES["gpl"])
     report = {
         "machine": {"cores": 2, "cpu": "CPU"},
         **{"vllm": "1", "model": "m", "load_before": 0.0, "rows": rows},
         **{"num_virtual_tokens": 64, "context_tokens": 6400, "key_value_bytes_per_token": 2**14},
     }
-    monkeypatch.setattr(pages, "read", lambda name: report)
-    prompt, cached, anew = pages.long_serving_table().splitlines()[2:5]
+    prompt, cached, anew = long_contexts.serving_table(report).splitlines()[2:5]
     assert prompt.startswith("| soft prompt | 64 | 1.0 MiB |")
     assert cached.startswith("| full context, cached | 6,400 | 100.0 MiB |")
     assert anew.endswith("| – |")

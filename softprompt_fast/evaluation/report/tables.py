@@ -27,7 +27,7 @@ def table(report: dict[str, Any]) -> Table:
     result = Table(title=title, title_justify="left")
     result.add_column("model reads", no_wrap=True)
     result.add_column("KL, nats", justify="right", no_wrap=True)
-    for heading in ("top-1", "RMS Δp", "perplexity", "KL recovered"):
+    for heading in ("top-1", "RMS Δp", "perpl.", "KL recovered"):
         result.add_column(heading, justify="right")
     for name, row in report["conditions"].items():
         recovered = row["kl_recovered"]
