@@ -6,7 +6,7 @@ from operator import itemgetter
 from typing import Any
 
 from render.pictures import TEACHER_COLOURS
-from render.tables import Table
+from render.tables import Table, other_work
 
 
 def teacher_table(report: dict[str, Any]) -> str:
@@ -31,17 +31,13 @@ def teacher_table(report: dict[str, Any]) -> str:
     shared = [call for call in longest["calls"] if call["reader"] == one]
     shared.sort(key=itemgetter("rows"))
     machine = report["machine"]
-    return "\n".join(
-        [
-            Table("", columns, cells).markdown(),
-            "",
-            f"{longest['calls'][0]['rows']} queries, {report['new_tokens']} tokens each, "
-            f"written and scored, {report['model']} in fp32 on {machine['cores']} cores "
-            f"({machine['cpu']}, {machine['instruction_set']}), beyond reading the context, the "
-            f"model, and the context's keys and values. Behind {longest['tokens']:,} tokens, "
-            + ", ".join(f"{call['rows']} rows take {call['peak_mib']:.0f} MiB" for call in shared)
-            + ".",
-        ]
+    return Table("", columns, cells).with_text(
+        f"{longest['calls'][0]['rows']} queries, {report['new_tokens']} tokens each, "
+        f"written and scored, {report['model']} in fp32 on {machine['cores']} cores "
+        f"({machine['cpu']}, {machine['instruction_set']}), beyond reading the context, the "
+        f"model, and the context's keys and values. Behind {longest['tokens']:,} tokens, "
+        + ", ".join(f"{call['rows']} rows take {call['peak_mib']:.0f} MiB" for call in shared)
+        + "."
     )
 
 
@@ -66,16 +62,11 @@ def serving_table(report: dict[str, Any]) -> str:
                 *(f"{answer * row['requests_per_second']:.1f}" if row else "–" for row in rates),
             ]
         )
-    machine, load = report["machine"], report["load_before"]
-    shared = f" Other work had the machine at a load of {load:.1f}." if load >= 0.5 else ""
-    return "\n".join(
-        [
-            Table("", columns, cells).markdown(),
-            "",
-            f"vLLM {report['vllm']}, {report['model']} in fp32, "
-            f"{report['key_value_bytes_per_token'] / 1024:.0f} KiB of keys and values a token, "
-            f"{machine['cores']} cores of an {machine['cpu']}. First token: the time of an answer "
-            "of one token, with one user; medians, and how far the quartiles are apart. Tokens a "
-            f"second: of answers of {answer} tokens, the reading included, over all users.{shared}",
-        ]
+    machine, shared = report["machine"], other_work(report["load_before"])
+    return Table("", columns, cells).with_text(
+        f"vLLM {report['vllm']}, {report['model']} in fp32, "
+        f"{report['key_value_bytes_per_token'] / 1024:.0f} KiB of keys and values a token, "
+        f"{machine['cores']} cores of an {machine['cpu']}. First token: the time of an answer "
+        "of one token, with one user; medians, and how far the quartiles are apart. Tokens a "
+        f"second: of answers of {answer} tokens, the reading included, over all users.{shared}"
     )

@@ -129,12 +129,8 @@ def front_table() -> str:
     line = "Forward and backward, {head}, T tokens, {threads} CPU cores ({cpu})."
     if any(row["bare_converted"] for row in rows):
         line += " PyTorch has only plain loops for bf16 on this CPU."
-    return "\n".join(
-        [
-            tables.front_table(rows).markdown(),
-            "",
-            line.format(head=tables.head(rows[0]), **results["machine"]),
-        ]
+    return tables.front_table(rows).with_text(
+        line.format(head=tables.head(rows[0]), **results["machine"])
     )
 
 
@@ -204,15 +200,11 @@ def sweep_table(file: str = "sweep.json") -> str:
     curve = read(file)
     headings, rows = curve_cells(curve)
     without, runs = curve["baselines"]["no context"], curve["rows"]
-    return "\n".join(
-        [
-            tables.Table("", headings, rows, texts=0).markdown(),
-            "",
-            f"No context: {kl_with_error(without)}. The context has {curve['context_tokens']} "
-            f"tokens. {len(runs)} runs of {runs[0]['steps']} steps with "
-            f"{curve['options'].get('per_device_train_batch_size', 8)} sequences, measured on "
-            f"{curve['queries']} held-out queries, {curve['answer_tokens']} answer tokens.",
-        ]
+    return tables.Table("", headings, rows, texts=0).with_text(
+        f"No context: {kl_with_error(without)}. The context has {curve['context_tokens']} "
+        f"tokens. {len(runs)} runs of {runs[0]['steps']} steps with "
+        f"{curve['options'].get('per_device_train_batch_size', 8)} sequences, measured on "
+        f"{curve['queries']} held-out queries, {curve['answer_tokens']} answer tokens."
     )
 
 
@@ -269,18 +261,13 @@ def serving_table() -> str:
                 f"{1e3 * row['median_seconds']:,.0f} ms ± {row['spread']:.0%}",
                 f"{row['requests_per_second']:.2f}",
             ]
-    machine, load = report["machine"], report["load_before"]
+    machine, shared = report["machine"], tables.other_work(report["load_before"])
     counts = " and ".join(f"{rows['soft prompt'][users]['requests']}" for users in (few, many))
-    shared = f" Other work had the machine at a load of {load:.1f}." if load >= 0.5 else ""
-    return "\n".join(
-        [
-            tables.Table("", columns, cells).markdown(),
-            "",
-            f"vLLM {report['vllm']}, {report['model']} in fp32, {token_kib:.0f} KiB of keys and "
-            f"values a token, {machine['cores']} cores of an {machine['cpu']}. Medians of {counts} "
-            "requests of one token each, and how far the quartiles are apart; the three took "
-            f"turns.{shared}",
-        ]
+    return tables.Table("", columns, cells).with_text(
+        f"vLLM {report['vllm']}, {report['model']} in fp32, {token_kib:.0f} KiB of keys and "
+        f"values a token, {machine['cores']} cores of an {machine['cpu']}. Medians of {counts} "
+        "requests of one token each, and how far the quartiles are apart; the three took "
+        f"turns.{shared}"
     )
 
 

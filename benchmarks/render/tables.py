@@ -28,6 +28,10 @@ class Table(NamedTuple):
         lines = [self.columns, align, *self.rows]
         return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
+    def with_text(self, text: str) -> str:
+        """In Markdown, and what is to be known of it below."""
+        return f"{self.markdown()}\n\n{text}"
+
     def split(self, count: int) -> list[Table]:
         """A table for each beginning of the rows, which is its title, so that it fits a screen."""
         parts = []
@@ -287,3 +291,8 @@ PRINTED: dict[str, Callable[[list[Row]], list[Any]]] = {
     "growth": lambda rows: on_screen(growth_table(rows), 1),
     "training_steps": lambda rows: [step_table(rows).rich()],
 }
+
+
+def other_work(load: float) -> str:
+    """load: of the machine, before anything was measured."""
+    return f" Other work had the machine at a load of {load:.1f}." if load >= 0.5 else ""
