@@ -15,10 +15,12 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import accumulate
+from typing import Any
 
 import bm25s
 
 from ..utils.text import words
+from .queries import text_ids
 
 Count = Callable[[str], int]
 """The number of tokens of a text."""
@@ -35,11 +37,15 @@ OVERLAP = 1 / 8
 class ChunkedText:
     """A text, and its chunks of at most so many tokens."""
 
-    def __init__(self, text: str, count: Count, most: int = CHUNK_TOKENS) -> None:
+    def __init__(self, text: str, count: Count, most: int) -> None:
         self.text = text
         self.chunks = cut_into_chunks(text, most, count)
         self._starts = list(accumulate(map(len, self.chunks), initial=0))
         self._count = count
+
+    @classmethod
+    def of_tokens(cls, tokenizer: Any, text: str, most: int = CHUNK_TOKENS) -> ChunkedText:
+        return cls(text, lambda part: len(text_ids(tokenizer, part)), most)
 
     def asked_about(self, query: str) -> int:
         """The chunk that comes first by BM25 (Robertson et al., 1994), in Lucene's form, of the

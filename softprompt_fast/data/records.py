@@ -44,6 +44,10 @@ class Record:
     context_span: tuple[int, int] | None = None
     """Characters of the context, from the first up to the second, that the query is about."""
 
+    def context_or(self, context: str | None) -> str:
+        """Its own context, or else the run's."""
+        return self.context or context or ""
+
     @property
     def asked(self) -> str:
         """What the user says in it."""

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from ..base_model.output_head import OutputHead, hidden_states
 from ..base_model.prefix_cache import kept_windows, read_in_pieces
 from ..data.chunks import ChunkedText
-from ..data.queries import Query, text_ids
+from ..data.queries import Query
 from ..data.records import Record
 from ..losses.functional import linear_nll
 from ..teacher.examples import tokenize_records
@@ -64,12 +64,8 @@ def with_retrieved_chunk(
     tokenizer: Any, records: Sequence[Record], context: str | None
 ) -> list[Query]:
     """What stands before a model that finds its context by search, and knows the query alone."""
-
-    def count(text: str) -> int:
-        return len(text_ids(tokenizer, text))
-
-    whole = [record.context or context or "" for record in records]
-    texts = {text: ChunkedText(text, count) for text in dict.fromkeys(whole)}
+    whole = [record.context_or(context) for record in records]
+    texts = {text: ChunkedText.of_tokens(tokenizer, text) for text in dict.fromkeys(whole)}
     found = [
         texts[text].retrieve(record.asked) for text, record in zip(whole, records, strict=True)
     ]

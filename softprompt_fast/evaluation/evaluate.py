@@ -70,7 +70,6 @@ class Evaluation:
         context: str | None,
         *,
         max_new_tokens: int = 64,
-        max_context_tokens: int | None = None,
         batch_size: int = 8,
         show_progress: bool = True,
         backend: str = "auto",
@@ -89,7 +88,6 @@ class Evaluation:
             model,
             tokenizer,
             max_new_tokens=max_new_tokens,
-            max_context_tokens=max_context_tokens,
             batch_size=batch_size,
             show_progress=show_progress,
             **of_teacher,
@@ -98,9 +96,8 @@ class Evaluation:
         self.queries = [example.query for example in self.examples]
         self.answers = [example.answer.ids for example in self.examples]
         self.lengths = [len(ids) for ids in self.answers]
-        self.context_tokens = max(
-            len(text_ids(tokenizer, record.context or context or "")) for record in records
-        )
+        contexts = {record.context_or(context) for record in records}
+        self.context_tokens = max(len(text_ids(tokenizer, text)) for text in contexts)
         self._retrieved = with_retrieved_chunk(tokenizer, records, context)
         self._states: dict[tuple[str, int], Tensor] = {}
         self._rankings: Rankings = {}

@@ -12,7 +12,6 @@ from ..base_model.decoding import Sampling
 from ..base_model.loading import load_model
 from ..data.chat_template import DATE
 from ..data.chunks import ChunkedText
-from ..data.queries import text_ids
 from ..data.records import Record
 from ..teacher.facts import teacher_facts
 from ..teacher.teacher import Teacher
@@ -53,9 +52,7 @@ def run_synthesis(options: SynthesizeOptions, context: str, directory: Synthesis
         **options.of_prefix(),
     )
     check_context_fits(teacher, tokenizer, context, options.max_query_tokens)
-    text = ChunkedText(
-        context, lambda text: len(text_ids(tokenizer, text)), most=options.chunk_tokens
-    )
+    text = ChunkedText.of_tokens(tokenizer, context, options.chunk_tokens)
     writer = _make_writer(options, text.chunks, model, tokenizer)
     facts = teacher_facts(teacher, tokenizer, context)
     directory.start(facts)

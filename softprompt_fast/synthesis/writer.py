@@ -14,7 +14,7 @@ from ..base_model.checks import position_limit
 from ..base_model.decoding import Sampling
 from ..data.queries import Query, text_ids, tokenize_answer, tokenize_query
 from ..data.records import Record
-from ..teacher.examples import by_context, tokenize_records
+from ..teacher.examples import by_context, in_place, tokenize_records
 from ..teacher.excerpts import Room, with_excerpts
 from ..teacher.teacher import LEAST_CONTEXT, Teacher
 from ..utils.text import text_of
@@ -66,8 +66,7 @@ def answer_queries(
                 entry = {"answers": [answer.ids for answer in written]}
                 directory.add(entry)
             answers += entry["answers"]
-    in_place = dict(zip(order, answers, strict=True))
-    return [in_place[index] for index in range(len(answers))]
+    return in_place(order, answers)
 
 
 def recipe_sha256() -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from ..data.queries import Query, tokenize_answer, tokenize_query
 from ..data.records import Record
@@ -15,6 +15,8 @@ from .distributed import answer_together
 from .excerpts import with_excerpts
 from .facts import teacher_facts
 from .teacher import Teacher
+
+Value = TypeVar("Value")
 
 # From this share on, cut answers are said with what to do: the prompt seldom learns how one ends.
 OFTEN_CUT = 0.2
@@ -76,7 +78,6 @@ def make_examples(
         facts = teacher_facts(teacher, tokenizer, context, **form)
         answers = cache.answers(teacher, queries, given, facts, **form)
     examples = [TrainingExample(query=q, answer=a) for q, a in zip(queries, answers, strict=True)]
-    in_place = dict(zip(order, examples, strict=True))
     cut = count_cut(records, examples, teacher)
     if cut:
         advice = "; --max_new_tokens takes more" if cut >= OFTEN_CUT * len(records) else ""
@@ -84,7 +85,7 @@ def make_examples(
             f"{cut} of {len(records)} answers of the teacher reached max_new_tokens="
             f"{teacher.max_new_tokens} and were cut there{advice}"
         )
-    return [in_place[index] for index in range(len(examples))]
+    return in_place(order, examples)
 
 
 def by_context(records: Sequence[Record]) -> tuple[list[int], list[Record]]:
@@ -92,6 +93,12 @@ def by_context(records: Sequence[Record]) -> tuple[list[int], list[Record]]:
     first = {record.context: index for index, record in reversed(list(enumerate(records)))}
     order = sorted(range(len(records)), key=lambda index: first[records[index].context])
     return order, [records[index] for index in order]
+
+
+def in_place(order: Sequence[int], values: Sequence[Value]) -> list[Value]:
+    """What came of the records of ``by_context``, where the records stood before."""
+    found = dict(zip(order, values, strict=True))
+    return [found[index] for index in range(len(order))]
 
 
 def count_cut(
@@ -106,14 +113,14 @@ def count_cut(
 
 def tokenize_records(tokenizer, records: Sequence[Record], context: str | None) -> list[Query]:
     return [
-        tokenize_query(tokenizer, r.messages, r.context or context or "", source=r.source)
+        tokenize_query(tokenizer, r.messages, r.context_or(context), source=r.source)
         for r in records
     ]
 
 
 def check_contexts(records: Sequence[Record], context: str | None) -> None:
     for record in records:
-        if not (record.context or context or "").strip():
+        if not record.context_or(context).strip():
             raise ValueError(
                 f"{record.source}: no field 'context', and no --context_file for the whole run "
                 "(in Python: no argument context)"

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..base_model.checks import position_limit
 from ..data.chunks import CHUNK_TOKENS, ChunkedText, around
-from ..data.queries import Query, teacher_ids, text_ids, tokenize_answer, tokenize_query
+from ..data.queries import Query, teacher_ids, tokenize_answer, tokenize_query
 from ..data.records import Record
 from .teacher import LEAST_CONTEXT, Teacher
 
@@ -34,7 +34,7 @@ def with_excerpts(
 
     Raises ValueError if a record is about characters that its context does not have.
     """
-    texts = [record.context or context or "" for record in records]
+    texts = [record.context_or(context) for record in records]
     one_about = dict(zip(texts, records, strict=True))
     least = Room(teacher, _most_asked(teacher)).whole
     # No token is less than a byte, so most contexts need not be counted.
@@ -76,11 +76,8 @@ class Excerpts:
 
     def __init__(self, tokenizer: Any, text: str, most: int) -> None:
         """most: tokens of an excerpt."""
-
-        def count(text: str) -> int:
-            return len(text_ids(tokenizer, text))
-
-        self.text = ChunkedText(text, count, min(CHUNK_TOKENS, max(1, most // PARTS)))
+        chunk = min(CHUNK_TOKENS, max(1, most // PARTS))
+        self.text = ChunkedText.of_tokens(tokenizer, text, chunk)
         self.all = self.text.excerpts(most)
 
     def of(self, record: Record) -> str:
